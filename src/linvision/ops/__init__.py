@@ -1,0 +1,1 @@
+"""Sequence mixers as pure functions of tensors, linear in the sequence length."""
