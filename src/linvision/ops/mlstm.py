@@ -1,0 +1,247 @@
+"""mLSTM, the matrix-memory LSTM of xLSTM and Vision-LSTM: linear in the number of tokens, forward and backward.
+
+Papers: xLSTM (arXiv 2405.04517, equations 19-27) and Vision-LSTM (arXiv 2406.04303). With scaled keys k_t / sqrt(D),
+the log forget gate lf_t = logsigmoid(f_t) and the input gate's pre-activation i_t, per head:
+
+    m_t = max(lf_t + m_{t-1}, i_t)                                       stabiliser, m_0 = -inf
+    C_t = exp(lf_t + m_{t-1} - m_t) C_{t-1} + exp(i_t - m_t) v_t k_t^T   (D, D)
+    n_t = exp(lf_t + m_{t-1} - m_t) n_{t-1} + exp(i_t - m_t) k_t         (D,)
+    h_t = C_t q_t / (max(|n_t . q_t|, exp(-m_t)) + 1e-6)
+
+Three equal forms: ``mlstm_recurrent`` (the lines above, O(S D^2), one token after the other), ``mlstm_parallel`` (one
+S x S matrix, O(S^2 D)) and ``mlstm`` itself (chunkwise, O(S (chunk + D) D)), which is what models run and which faster
+backends must match. The stabiliser only keeps numbers in range; gradients treat it as a constant.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from torch.utils.flop_counter import register_flop_formula
+
+from linvision.ops import _mlstm_chunkwise
+from linvision.ops._mlstm_chunkwise import EPS
+
+
+class MLSTMState(NamedTuple):
+    """What the tokens so far leave behind: float32 (float64 for float64 inputs)."""
+
+    C: Tensor  # (B, H, D, D): weighted sum of v k^T, times exp(-m)
+    n: Tensor  # (B, H, D): weighted sum of k, times exp(-m)
+    m: Tensor  # (B, H): the stabiliser, a constant to the gradients
+
+
+def mlstm(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    *,
+    initial_state: MLSTMState | None = None,
+    return_state: bool = False,
+    reverse: bool = False,
+) -> Tensor | tuple[Tensor, MLSTMState]:
+    """Compute the mLSTM of a sequence in linear time and memory (equations above), chunk by chunk.
+
+    Args:
+        q, k, v: queries, unscaled keys and values, (B, S, H, D), of one floating-point type.
+        i, f: pre-activations of the input and forget gates, (B, S, H), of any floating-point type. Gates, states and
+            sums are float32 whatever the inputs are (float64 for float64 inputs); cumulated gates are float64.
+        initial_state: state before the first token, so that a long sequence can be fed in pieces.
+        return_state: also return the state after the last token.
+        reverse: scan from the last token to the first. The result equals that of the flipped sequence, flipped back;
+            "initial" then means before token S-1 and "final" after token 0.
+
+    Returns:
+        h (B, S, H, D) in q's type, or (h, final state).
+
+    Raises:
+        ValueError: where shapes, types or devices disagree, or a sequence is empty.
+    """
+    _check(q, k, v, i, f, initial_state)
+    C, n, m = (None, None, None) if initial_state is None else initial_state
+    h, C, n, m = torch.ops.linvision.mlstm(q, k, v, i, f, C, n, m, return_state, reverse)
+    return (h, MLSTMState(C, n, m)) if return_state else h
+
+
+def mlstm_recurrent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    *,
+    initial_state: MLSTMState | None = None,
+    return_state: bool = False,
+    reverse: bool = False,
+) -> Tensor | tuple[Tensor, MLSTMState]:
+    """Compute what ``mlstm`` computes one token after the other, as the equations stand; for tests and for reading."""
+    _check(q, k, v, i, f, initial_state)
+    dtype = _state_dtype(q)
+    batch, num_tokens, num_heads, head_dim = q.shape
+    if initial_state is None:
+        C, n = q.new_zeros(batch, num_heads, head_dim, head_dim, dtype=dtype), q.new_zeros(1, dtype=dtype)
+        m = q.new_full((batch, num_heads), -torch.inf, dtype=dtype)
+    else:
+        C, n, m = (x.to(dtype) for x in initial_state)
+    queries, keys, values, i = q.to(dtype), k.to(dtype) * head_dim**-0.5, v.to(dtype), i.to(dtype)
+    log_f = logsigmoid(f.to(dtype))
+    h = [q] * num_tokens
+    for t in reversed(range(num_tokens)) if reverse else range(num_tokens):
+        m_before, m = m, torch.maximum(log_f[:, t] + m, i[:, t]).detach()
+        keep, add = (log_f[:, t] + m_before - m).exp()[..., None], (i[:, t] - m).exp()[..., None]
+        C = keep[..., None] * C + add[..., None] * values[:, t, :, :, None] * keys[:, t, :, None, :]
+        n = keep * n + add * keys[:, t]
+        norm = torch.maximum((n * queries[:, t]).sum(-1).abs(), (-m).exp()) + EPS
+        h[t] = (C @ queries[:, t, :, :, None])[..., 0] / norm[..., None]
+    result = torch.stack(h, dim=1).to(q.dtype)
+    return (result, MLSTMState(C, n, m)) if return_state else result
+
+
+def mlstm_parallel(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, *, reverse: bool = False) -> Tensor:
+    """Compute what ``mlstm`` computes through one S x S matrix a head, O(S^2 D); for tests and benchmarks."""
+    _check(q, k, v, i, f, None)
+    dtype = _state_dtype(q)
+    queries, keys, values = (x.to(dtype).transpose(1, 2) for x in (q, k * q.shape[-1] ** -0.5, v))
+    log_f = logsigmoid(f.double()).transpose(1, 2)
+    cumulated = log_f.flip(2).cumsum(2).flip(2) if reverse else log_f.cumsum(2)
+    log_weights = cumulated[..., None] - cumulated[..., None, :] + i.double().transpose(1, 2)[..., None, :]
+    seen = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device)
+    log_weights = log_weights.masked_fill(~(seen.triu() if reverse else seen.tril()), -torch.inf)
+    m = log_weights.amax(-1, keepdim=True).detach()
+    weights = (log_weights - m).to(dtype).exp() * (queries @ keys.mT)
+    norm = torch.maximum(weights.sum(-1, keepdim=True).abs(), (-m).exp().to(dtype)) + EPS
+    return (weights @ values / norm).transpose(1, 2).to(q.dtype)
+
+
+def _state_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MLSTMState | None) -> None:
+    if q.ndim != 4 or q.shape != k.shape or q.shape != v.shape:
+        raise ValueError(
+            "mlstm: q, k and v must have one shape (B, S, H, D) but are "
+            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if i.shape != q.shape[:3] or f.shape != q.shape[:3]:
+        raise ValueError(
+            f"mlstm: gates i and f must have shape (B, S, H) = {tuple(q.shape[:3])} for q of {tuple(q.shape)} but are "
+            f"{tuple(i.shape)} and {tuple(f.shape)}"
+        )
+    if min(q.shape[1:]) == 0:
+        raise ValueError(f"mlstm: needs at least one token, head and channel but q has shape {tuple(q.shape)}")
+    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point() and i.is_floating_point()):
+        raise ValueError(f"mlstm: q, k and v must have one floating-point type but are {q.dtype}, {k.dtype}, {v.dtype}")
+    if not f.is_floating_point():
+        raise ValueError(f"mlstm: gates must be floating-point numbers but f is {f.dtype}")
+    tensors = [q, k, v, i, f]
+    if state is not None:
+        batch, _, num_heads, head_dim = q.shape
+        needed = [(batch, num_heads, head_dim, head_dim), (batch, num_heads, head_dim), (batch, num_heads)]
+        given = [tuple(x.shape) for x in state]
+        if given != needed:
+            raise ValueError(f"mlstm: initial_state (C, n, m) must have shapes {needed} but has {given}")
+        tensors.extend(state)
+    if len({x.device for x in tensors}) > 1:
+        raise ValueError(f"mlstm: all tensors must be on one device but are on {[str(x.device) for x in tensors]}")
+
+
+# The op as torch sees it: opaque to compile and export, with a meta kernel, a gradient and a count of its operations.
+# C^T rather than C travels inside, so that queries multiply it from the left.
+
+
+@torch.library.custom_op("linvision::mlstm", mutates_args=())
+def _mlstm(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    C: Tensor | None,
+    n: Tensor | None,
+    m: Tensor | None,
+    return_state: bool,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    state = _transposed_state(C, n, m)
+    with torch.autocast(q.device.type, enabled=False):
+        h, (C_t, n, m) = _mlstm_chunkwise.forward(q, k, v, i, f, state, return_state=return_state, reverse=reverse)
+    return h, C_t.mT.contiguous() if return_state else C_t, n, m
+
+
+@_mlstm.register_fake
+def _(q, k, v, i, f, C, n, m, return_state, reverse):
+    batch, _, num_heads, head_dim = q.shape
+    dtype = _state_dtype(q)
+    if not return_state:
+        return (q.new_empty(q.shape), *(q.new_empty(0, dtype=dtype) for _ in range(3)))
+    return (
+        q.new_empty(q.shape),
+        q.new_empty(batch, num_heads, head_dim, head_dim, dtype=dtype),
+        q.new_empty(batch, num_heads, head_dim, dtype=dtype),
+        q.new_empty(batch, num_heads, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("linvision::mlstm_backward", mutates_args=())
+def _mlstm_backward(
+    dh: Tensor,
+    dC: Tensor | None,
+    dn: Tensor | None,
+    h: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    C: Tensor | None,
+    n: Tensor | None,
+    m: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    state = _transposed_state(C, n, m)
+    d_final = None if dC is None or dn is None else (dC.mT, dn)
+    with torch.autocast(q.device.type, enabled=False):
+        dq, dk, dv, di, df, dC_t, dn = _mlstm_chunkwise.backward(
+            dh, d_final, h, (q, k, v, i, f), state, reverse=reverse
+        )
+    return dq, dk, dv, di, df, dC_t if state is None else dC_t.mT.contiguous(), dn
+
+
+@_mlstm_backward.register_fake
+def _(dh, dC, dn, h, q, k, v, i, f, C, n, m, reverse):
+    d_initial = (0,) if C is None else C.shape, (0,) if n is None else n.shape
+    dtype = _state_dtype(q)
+    return *(x.new_empty(x.shape) for x in (q, k, v, i, f)), *(q.new_empty(shape, dtype=dtype) for shape in d_initial)
+
+
+def _transposed_state(C: Tensor | None, n: Tensor | None, m: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
+    return None if C is None or n is None or m is None else (C.mT, n, m)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.return_state, ctx.reverse = inputs
+    ctx.save_for_backward(output[0], *tensors)
+
+
+def _gradient(ctx, dh, dC, dn, dm):
+    h, *inputs = ctx.saved_tensors
+    if not ctx.return_state:
+        dC = dn = None
+    *gradients, dC, dn = torch.ops.linvision.mlstm_backward(dh, dC, dn, h, *inputs, ctx.reverse)
+    d_initial = (None, None) if inputs[5] is None else (dC, dn)
+    return *gradients, *d_initial, None, None, None
+
+
+_mlstm.register_autograd(_gradient, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.linvision.mlstm)
+def mlstm_flops(q_shape, *args, out_shape=None, **options) -> int:
+    """Count the multiplications and additions of the matrix products of one chunkwise forward pass."""
+    batch, num_tokens, num_heads, head_dim = q_shape
+    chunk = _mlstm_chunkwise.chunk_length(num_tokens, head_dim)
+    return batch * num_tokens * num_heads * 4 * head_dim * (chunk + head_dim)
