@@ -1,3 +1,10 @@
-"""Linear-time vision backbones: ViL, Vim and L2ViT, with DeiT-III as the quadratic yardstick."""
+"""Linear-time vision backbones: ViL, Vim and L2ViT, with DeiT-III as the quadratic yardstick.
+
+``linvision.create_model(name)`` makes a model by its registered or published name; after ``import linvision`` every
+model is also known to ``timm.create_model``.
+"""
+
+from linvision.models import create_model, list_models
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "create_model", "list_models"]

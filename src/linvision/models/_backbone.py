@@ -5,13 +5,30 @@ other, ``finish`` them into features, and turn features into logits (``forward_h
 forward_features, forward_intermediates, pruning and gradient checkpointing, so that every family answers alike.
 """
 
+import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.models import feature_take_indices
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 from torch.utils.checkpoint import checkpoint
+
+from linvision.models._names import UnknownOptionError, did_you_mean
+
+# Overrides that timm's builder takes for itself; all others go to the model's constructor.
+BUILDER_OPTIONS = (
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "cache_dir",
+    "features_only",
+    "out_indices",
+    "feature_cls",
+)
 
 
 class Backbone(nn.Module, ABC):
@@ -72,7 +89,7 @@ class Backbone(nn.Module, ABC):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | list[int] | None = None,
+        indices: int | Sequence[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
@@ -90,8 +107,8 @@ class Backbone(nn.Module, ABC):
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt={output_fmt!r}: feature maps are given as 'NCHW' only")
-        take, last = feature_take_indices(len(self.feature_info), indices)
-        num_blocks = last + 1 if stop_early else len(self.feature_info)
+        take = self._block_numbers(indices)
+        num_blocks = max(take) + 1 if stop_early else len(self.feature_info)
         carry = self.embed(self._check_image(x))
         taken = {}
         for index in range(num_blocks):
@@ -102,12 +119,12 @@ class Backbone(nn.Module, ABC):
         return maps if intermediates_only else (self.finish(carry), maps)
 
     def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop what ``forward_intermediates(indices)`` does not need; returns the block numbers it takes."""
-        take, last = feature_take_indices(len(self.feature_info), indices)
-        self.truncate(last + 1)
-        self.feature_info = self.feature_info[: last + 1]
+        take = self._block_numbers(indices)
+        self.truncate(max(take) + 1)
+        self.feature_info = self.feature_info[: max(take) + 1]
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
@@ -121,6 +138,15 @@ class Backbone(nn.Module, ABC):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of storing its activations."""
         self.grad_checkpointing = enable
+
+    def _block_numbers(self, indices: int | Sequence[int] | None) -> list[int]:
+        depth = len(self.feature_info)
+        if indices is None or isinstance(indices, int):
+            indices = range(-(depth if indices is None else indices), 0)
+        take = [index + depth if index < 0 else index for index in indices]
+        if not take or min(take) < 0 or max(take) >= depth:
+            raise ValueError(f"block indices {list(indices)}: numbers from {-depth} to {depth - 1} are needed")
+        return take
 
     def _advance(self, carry: Any, index: int) -> Any:
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
@@ -136,9 +162,12 @@ class Backbone(nn.Module, ABC):
         return x
 
 
-def patch_grid(
-    image_size: tuple[int, int], patch_size: tuple[int, int], stride: tuple[int, int]
-) -> tuple[int, int]:
+def pair(sides: int | tuple[int, int]) -> tuple[int, int]:
+    """Return (height, width), given both or the side of a square."""
+    return (sides, sides) if isinstance(sides, int) else (int(sides[0]), int(sides[1]))
+
+
+def patch_grid(image_size: tuple[int, int], patch_size: tuple[int, int], stride: tuple[int, int]) -> tuple[int, int]:
     """Count the rows and columns of patches, (H - patch) // stride + 1 and likewise for W.
 
     Raises:
@@ -154,3 +183,71 @@ def patch_grid(
         (size - patch) // step + 1 for size, patch, step in zip(image_size, patch_size, stride, strict=True)
     )
     return rows, columns
+
+
+def resize_grid(table: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Resize a position table (1, rows, columns, D) to another grid: bicubic, align_corners=False, no antialias."""
+    if tuple(table.shape[1:3]) == tuple(grid):
+        return table
+    return interpolate(table.permute(0, 3, 1, 2), grid, mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
+
+
+def drop_path_rates(rate: float, depth: int, *, decay: bool) -> list[float]:
+    """Return one drop-path rate a block: all equal, or with ``decay`` rising linearly from 0."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"drop_path_rate={rate}: a probability from 0 to below 1 is needed")
+    return torch.linspace(0, rate, depth).tolist() if decay else [rate] * depth
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a paper reports for a registered name."""
+
+    top1: float  # %, ImageNet-1K validation set
+    note: str = ""
+
+
+def classifier_cfg(**changes: Any) -> dict[str, Any]:
+    """Return timm's description of an ImageNet-1K classifier's input and head, with ``changes``."""
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "",
+        **changes,
+    }
+
+
+def build(
+    model_class: type[nn.Module],
+    variant: str,
+    pretrained: bool,
+    *,
+    defaults: dict[str, Any],
+    overrides: dict[str, Any],
+    filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]],
+    out_indices: tuple[int, ...],
+) -> nn.Module:
+    """Build a registered model through timm: constructor ``defaults`` of the variant, changed by ``overrides``.
+
+    Raises:
+        UnknownOptionError: for an override that neither timm's builder nor the constructor knows.
+    """
+    known = [*inspect.signature(model_class).parameters, *BUILDER_OPTIONS]
+    for name in overrides:
+        if name not in known:
+            raise UnknownOptionError(f"{variant} has no option {name!r}{did_you_mean(name, known)}")
+    return build_model_with_cfg(
+        model_class,
+        variant,
+        pretrained,
+        pretrained_filter_fn=filter_fn,
+        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        **{**defaults, **overrides},
+    )

@@ -1,0 +1,32 @@
+"""The backbones, registered with timm, and creation by name."""
+
+from linvision.models._checkpoints import CheckpointError, DownloadError, load_state_dict
+from linvision.models._factory import (
+    ModelDescription,
+    create_model,
+    describe,
+    list_models,
+    load_checkpoint,
+    resolve_name,
+    to_release,
+)
+from linvision.models._names import UnknownNameError, UnknownOptionError, nearest
+from linvision.models.vil import VisionLSTM, VisionLSTM2
+
+__all__ = [
+    "CheckpointError",
+    "DownloadError",
+    "ModelDescription",
+    "UnknownNameError",
+    "UnknownOptionError",
+    "VisionLSTM",
+    "VisionLSTM2",
+    "create_model",
+    "describe",
+    "list_models",
+    "load_checkpoint",
+    "load_state_dict",
+    "nearest",
+    "resolve_name",
+    "to_release",
+]
