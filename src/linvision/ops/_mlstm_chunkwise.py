@@ -261,12 +261,16 @@ def _recur(
     """Run x <- carry[c] x + sums[c] over the chunks; return x as found by the chunks of ``takes``, and the last x."""
     taken = sums.new_empty(takes.stop - takes.start, *sums.shape[1:])
     carry = carry.reshape(carry.shape + (1,) * (sums.ndim - carry.ndim))
+    if x is not None:
+        taken[steps[0] - takes.start] = x
     for c in steps:
-        if x is not None and takes.start <= c < takes.stop:
-            taken[c - takes.start] = x
-        if adds.start <= c < adds.stop:
-            added = sums[c - adds.start]
-            x = added if x is None else torch.addcmul(added, carry[c], x)
+        if not adds.start <= c < adds.stop:
+            continue
+        following = c + steps.step
+        takes_it = takes.start <= following < takes.stop
+        slot = taken[following - takes.start] if takes_it else torch.empty_like(sums[0])
+        added = sums[c - adds.start]
+        x = slot.copy_(added) if x is None else torch.addcmul(added, carry[c], x, out=slot)
     return taken, sums.new_empty(0) if x is None else x
 
 
