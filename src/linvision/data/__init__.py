@@ -1,0 +1,24 @@
+"""Data sets by name or path, their pre-processing, and batches of them."""
+
+from linvision.data.arrays import ArrayData
+from linvision.data.augment import Augment, augment
+from linvision.data.batches import Batches
+from linvision.data.catalog import DATASETS, open_data, open_test_data
+from linvision.data.folders import FolderAugment, FolderData
+from linvision.data.images import Preprocess, UnreadableImageError, find_images, open_image
+
+__all__ = [
+    "DATASETS",
+    "ArrayData",
+    "Augment",
+    "Batches",
+    "FolderAugment",
+    "FolderData",
+    "Preprocess",
+    "UnreadableImageError",
+    "augment",
+    "find_images",
+    "open_data",
+    "open_image",
+    "open_test_data",
+]

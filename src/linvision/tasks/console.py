@@ -1,0 +1,42 @@
+"""What the commands write: results to stdout, the rest to stderr; bars on a terminal, plain lines elsewhere."""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import track
+
+Item = TypeVar("Item")
+
+
+def output() -> Console:
+    """Return the console of results. Away from a terminal nothing is folded to a screen's width."""
+    return Console(width=None if sys.stdout.isatty() else 200, highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def notes() -> Console:
+    """Return the console of progress and warnings, which leaves stdout to the results."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def write_json(content: Any) -> None:
+    """Write a result for another program to read."""
+    sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def with_bar(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
+    """Pass the items on, with a progress bar on a terminal."""
+    console = notes()
+    if not console.is_terminal:
+        yield from items
+        return
+    yield from track(items, total=total, description=what, console=console, transient=True)
+
+
+def duration(seconds: float) -> str:
+    """Write a time as 1:02:03 or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
