@@ -57,9 +57,9 @@ def load_op_case(name: str, dtype: torch.dtype = torch.float64) -> dict[str, Ten
 
 def relative_error(ours: Tensor, golden: Tensor, scale: Tensor | None = None) -> float:
     """Return ‖ours - golden‖ / ‖golden‖ in float64; ``scale`` replaces the denominator."""
-    ours, golden = ours.detach().double(), golden.double()
+    ours, golden = ours.detach().double(), golden.detach().double()
     assert ours.shape == golden.shape, f"shape {tuple(ours.shape)}, golden {tuple(golden.shape)}"
-    return float((ours - golden).norm() / (golden.norm() if scale is None else scale))
+    return ((ours - golden).norm() / (golden.norm() if scale is None else scale)).item()
 
 
 def assert_gradients_match(ours: dict[str, Tensor | None], golden: dict[str, Tensor], bound: float) -> None:

@@ -145,23 +145,22 @@ def fetch(url: str) -> Path:
 
 
 def _read(path: Path) -> Any:
+    path.open("rb").close()  # a file that may not be read is another fault than one that is damaged
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path.name} is truncated or no safetensors file ({error})") from error
     except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused:
-            raise CheckpointError(
-                f"{path.name} is refused: it holds more than tensors and plain containers ({refused[1]}), "
-                "which could run code on loading"
-            ) from None
-        raise CheckpointError(f"{path.name} is truncated or no checkpoint ({_first_line(error)})") from error
-    except (EOFError, RuntimeError, BadZipFile, ValueError, KeyError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{path.name} is truncated or no checkpoint ({_first_line(error)})") from error
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code:
+            reason = f"it holds more than tensors and plain containers ({code[1]}), which could run code on loading"
+        else:
+            reason = "it is truncated, or no checkpoint of tensors and plain containers"
+        raise CheckpointError(f"{path.name} is refused: {reason}") from None
+    except (SafetensorError, EOFError, RuntimeError, OSError, BadZipFile, ValueError, KeyError, IndexError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path.name} is refused: it is truncated or no checkpoint ({reason})") from error
 
 
 def _adapt_channels(state_dict: StateDict, own: StateDict) -> StateDict:
@@ -175,7 +174,3 @@ def _adapt_channels(state_dict: StateDict, own: StateDict) -> StateDict:
 
 def _some(keys: list[str], most: int = 4) -> str:
     return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

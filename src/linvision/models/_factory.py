@@ -42,11 +42,11 @@ def resolve_name(name: str) -> str:
     if name.startswith(("hf-hub:", "local-dir:")):
         return name
     arch, tag = split_model_name_tag(name)
-    if is_model(arch) and (not tag or get_pretrained_cfg(name, allow_unregistered=False) is not None):
-        return name
     if is_model(arch):
-        tags = [known for known in list_models() if known.startswith(f"{arch}.")]
-        raise UnknownNameError(f"{arch} has no checkpoint {tag!r}; it has {', '.join(tags) or 'none'}")
+        tagged = [known for known in (*list_models(), *timm.list_pretrained()) if known.startswith(f"{arch}.")]
+        if tag and name not in tagged:
+            raise UnknownNameError(f"{arch} has no checkpoint {tag!r}; it has {', '.join(tagged) or 'none'}")
+        return name
     known = [
         *aliases,
         *list_models(),

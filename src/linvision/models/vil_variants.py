@@ -5,7 +5,7 @@ Accuracies are those of the paper (arXiv 2406.04303) and its checkpoints, ImageN
 
 import logging
 import re
-from typing import Any
+from typing import Any, Literal
 
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -253,3 +253,86 @@ def vil_smallplus_patch16_stride8_224(pretrained: bool = False, **overrides: Any
 def vil_base_patch16_stride8_224(pretrained: bool = False, **overrides: Any) -> nn.Module:
     """ViL-B fine-tuned on 729 overlapping patches."""
     return _build(VisionLSTM, "vil_base_patch16_stride8_224", pretrained, overrides, dim=768, stride=8)
+
+
+def vision_lstm2(
+    dim: int = 192,
+    input_shape: tuple[int, int, int] = (3, 224, 224),
+    *,
+    patch_size: int | tuple[int, int] = 16,
+    depth: int = 12,
+    output_shape: tuple[int, ...] | None = (1000,),
+    mode: str = "classifier",
+    pooling: str | None = "bilateral_flatten",
+    drop_path_rate: float = 0.0,
+    drop_path_decay: bool = False,
+    stride: int | tuple[int, int] | None = None,
+    legacy_norm: bool = False,
+    conv_kind: Literal["2d", "causal1d"] = "2d",
+    conv_kernel_size: int = 3,
+    proj_bias: bool = True,
+    norm_bias: bool = True,
+    init_weights: Literal["original", "original-fixed"] = "original",
+) -> VisionLSTM2:
+    """Build a VisionLSTM2 from the published constructor arguments: ``mode`` is "classifier" or "features"."""
+    return VisionLSTM2(
+        input_shape[1:],
+        patch_size,
+        stride=stride,
+        in_chans=input_shape[0],
+        num_classes=_classes(mode, output_shape, ("classifier", "features")),
+        global_pool=pooling,
+        dim=dim,
+        depth=depth,
+        legacy_norm=legacy_norm,
+        conv_kind=conv_kind,
+        conv_kernel_size=conv_kernel_size,
+        proj_bias=proj_bias,
+        norm_bias=norm_bias,
+        init_weights=init_weights,
+        drop_path_rate=drop_path_rate,
+        drop_path_decay=drop_path_decay,
+    )
+
+
+def vision_lstm(
+    dim: int = 192,
+    input_shape: tuple[int, int, int] = (3, 224, 224),
+    *,
+    patch_size: int | tuple[int, int] = 16,
+    depth: int = 24,
+    output_shape: tuple[int, ...] | None = (1000,),
+    mode: str | None = "classifier",
+    pooling: str | None = "bilateral_avg",
+    drop_path_rate: float = 0.0,
+    stride: int | tuple[int, int] | None = None,
+    alternation: str = "bidirectional",
+    drop_path_decay: bool = False,
+    legacy_norm: bool = False,
+) -> VisionLSTM:
+    """Build a VisionLSTM from the published constructor arguments: ``mode`` is "classifier" or None for features."""
+    if alternation != "bidirectional":
+        raise ValueError(f"alternation={alternation!r}: layers alternate as 'bidirectional' only")
+    return VisionLSTM(
+        input_shape[1:],
+        patch_size,
+        stride=stride,
+        in_chans=input_shape[0],
+        num_classes=_classes(mode, output_shape, ("classifier", None)),
+        global_pool=pooling,
+        dim=dim,
+        depth=depth,
+        legacy_norm=legacy_norm,
+        drop_path_rate=drop_path_rate,
+        drop_path_decay=drop_path_decay,
+    )
+
+
+def _classes(mode: str | None, output_shape: tuple[int, ...] | None, modes: tuple[str | None, ...]) -> int:
+    if mode not in modes:
+        raise ValueError(f"mode={mode!r}: use {' or '.join(map(repr, modes))}")
+    if mode != "classifier":
+        return 0
+    if output_shape is None or len(output_shape) != 1:
+        raise ValueError(f"output_shape={output_shape!r}: a classifier needs (number of classes,)")
+    return output_shape[0]

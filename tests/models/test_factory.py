@@ -1,0 +1,68 @@
+"""Names: registered ones, published aliases, unknown ones, and what is known about each."""
+
+import pytest
+import timm
+
+import linvision
+from linvision.models import UnknownNameError, UnknownOptionError, describe, list_models, nearest, resolve_name
+from linvision.models._factory import FAMILIES
+
+
+def test_every_alias_leads_to_a_registered_name():
+    for family in FAMILIES.values():
+        for alias, name in family.ALIASES.items():
+            assert resolve_name(alias) == name
+            assert name in list_models()
+        assert set(family.PUBLISHED) <= set(list_models())
+
+
+def test_lists_are_filtered_by_pattern():
+    assert linvision.list_models("vil2_tiny*") == [
+        "vil2_tiny_patch16_224.e800_in1k",
+        "vil2_tiny_patch16_224.e400_in1k",
+    ]
+    assert linvision.list_models("nothing*") == []
+
+
+def test_every_name_is_known_to_timm():
+    for name in list_models():
+        assert timm.models.is_model(timm.models.get_arch_name(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("vil2-tyni", "vil2-tiny"), ("vil_smalplus_patch16_224", "vil_smallplus_patch16_224"), ("resnet5O", "resnet50")],
+)
+def test_unknown_names_are_answered_with_the_nearest(name, near):
+    with pytest.raises(UnknownNameError, match=f"unknown model '{name}'; did you mean .*{near}"):
+        linvision.create_model(name)
+
+
+def test_unknown_tags_and_options():
+    with pytest.raises(UnknownNameError, match=r"has no checkpoint 'e300_in1k'; it has .*e800_in1k"):
+        linvision.create_model("vil2_tiny_patch16_224.e300_in1k")
+    with pytest.raises(UnknownOptionError, match=r"no option 'drop_path'; did you mean .*drop_path_rate"):
+        linvision.create_model("vil2_mini_patch4_32", drop_path=0.1)
+    with pytest.raises(ValueError, match="not both"):
+        linvision.create_model("vil2-tiny", pretrained=True, checkpoint_path="x.pth")
+
+
+def test_models_without_published_weights_say_so():
+    with pytest.raises(ValueError, match="vil2_mini_patch4_32 has no published weights"):
+        linvision.create_model("vil2_mini_patch4_32", pretrained=True)
+
+
+def test_description():
+    known = describe("vil2-tiny")
+    assert known.name == "vil2_tiny_patch16_224.e800_in1k"
+    assert known.family == "ViL"
+    assert known.top1 == 78.3
+    assert known.source.endswith("vil2_tiny16_e800_in1k.th")
+    # 12 pairs of layers: projections and mLSTM, about 1.3 times DeiT-T's 1.26 G
+    assert 1.5e9 < known.macs < 1.8e9
+    assert describe("deit_tiny_patch16_224").macs == pytest.approx(1.26e9, rel=0.02)
+    assert "stride-16 file" in describe("vil-tinyplus-stride8").note
+
+
+def test_nearest_is_ordered_by_similarity_and_ignores_case():
+    assert nearest("DIGIT", ["digits", "cifar10", "mnist"]) == ["digits"]
