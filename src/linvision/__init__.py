@@ -4,7 +4,7 @@
 model is also known to ``timm.create_model``.
 """
 
-from linvision.models import create_model, list_models
+from linvision.models import create_model, list_models, push_to_hub
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "create_model", "list_models"]
+__all__ = ["__version__", "create_model", "list_models", "push_to_hub"]

@@ -10,6 +10,7 @@ from linvision.models._factory import (
     resolve_name,
     to_release,
 )
+from linvision.models._hub import push_to_hub, save_pretrained
 from linvision.models._names import UnknownNameError, UnknownOptionError, nearest
 from linvision.models.vil import VisionLSTM, VisionLSTM2
 
@@ -27,6 +28,8 @@ __all__ = [
     "load_checkpoint",
     "load_state_dict",
     "nearest",
+    "push_to_hub",
     "resolve_name",
+    "save_pretrained",
     "to_release",
 ]

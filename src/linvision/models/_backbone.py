@@ -24,6 +24,7 @@ from linvision.models._names import UnknownOptionError, did_you_mean
 BUILDER_OPTIONS = (
     "pretrained_cfg",
     "pretrained_cfg_overlay",
+    "pretrained_model_args",
     "cache_dir",
     "features_only",
     "out_indices",
@@ -196,7 +197,7 @@ def drop_path_rates(rate: float, depth: int, *, decay: bool) -> list[float]:
     """Return one drop-path rate a block: all equal, or with ``decay`` rising linearly from 0."""
     if not 0 <= rate < 1:
         raise ValueError(f"drop_path_rate={rate}: a probability from 0 to below 1 is needed")
-    return torch.linspace(0, rate, depth).tolist() if decay else [rate] * depth
+    return torch.linspace(0, rate, depth, device="cpu").tolist() if decay else [rate] * depth
 
 
 @dataclass(frozen=True)

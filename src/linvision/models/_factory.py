@@ -13,9 +13,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from linvision.models import vil_variants
+from linvision.models._backbone import Published
 from linvision.models._checkpoints import StateDict, fetch, load_into, load_state_dict
+from linvision.models._hub import fetch_from_hub
 from linvision.models._names import UnknownNameError, did_you_mean
 
+SOURCES = ("hf-hub:", "local-dir:")  # of models that carry their own weights and description
 FAMILIES: dict[str, ModuleType] = {"ViL": vil_variants}
 
 
@@ -39,7 +42,7 @@ def resolve_name(name: str) -> str:
     aliases = {alias: target for family in FAMILIES.values() for alias, target in family.ALIASES.items()}
     if name in aliases:
         return aliases[name]
-    if name.startswith(("hf-hub:", "local-dir:")):
+    if name.startswith(SOURCES):
         return name
     arch, tag = split_model_name_tag(name)
     if is_model(arch):
@@ -63,17 +66,19 @@ def create_model(
     *,
     drop_head: bool = False,
     ema: bool = False,
+    revision: str | None = None,
     **overrides: Any,
 ) -> nn.Module:
     """Create a model by name, with published weights, those of a file, or freshly initialised.
 
     Args:
         name: a name of ``list_models()``, with or without its checkpoint tag; a published alias ("vil2-tiny"); any
-            name of timm's.
+            name of timm's; "hf-hub:owner/name@revision" or "local-dir:folder", which come with their weights.
         pretrained: load the published weights, downloaded once. With another ``num_classes`` the classifier is fresh.
         checkpoint_path: load this file: safetensors, a released file or a state dict; as data, never running its code.
         drop_head: keep the fresh classifier instead of the file's.
         ema: take the file's exponential moving average.
+        revision: branch, tag or commit of published weights that live on the Hugging Face hub.
         **overrides: timm's: num_classes, in_chans, img_size, drop_path_rate, features_only, out_indices, global_pool;
             and those of the model's constructor. Unknown ones are refused.
 
@@ -86,8 +91,8 @@ def create_model(
     if pretrained and checkpoint_path is not None:
         raise ValueError("give pretrained=True or checkpoint_path, not both")
     if checkpoint_path is None and not (pretrained and _family(name)):
-        return timm.create_model(name, pretrained=pretrained, **overrides)
-    path = Path(checkpoint_path) if checkpoint_path is not None else fetch(_published_url(name))
+        return timm.create_model(name, pretrained=pretrained or name.startswith(SOURCES), **overrides)
+    path = Path(checkpoint_path) if checkpoint_path is not None else _fetch_published(name, revision)
     state_dict = load_state_dict(path, ema=ema)
     fresh_head = drop_head or (pretrained and overrides.get("num_classes", 1000) != 1000)
     feature_options = {key: overrides.pop(key) for key in ("features_only", "out_indices") if key in overrides}
@@ -141,7 +146,7 @@ def describe(name: str) -> ModelDescription:
         with FlopCounterMode(display=False) as counter:
             model(torch.empty(1, channels, height, width))
     families = {module: label for label, module in FAMILIES.items()}
-    published = family.PUBLISHED.get(name) if family else None
+    published = _published(name)
     return ModelDescription(
         name=name,
         family=families[family] if family else "timm",
@@ -162,6 +167,16 @@ def _family(name: str) -> ModuleType | None:
     return modules.get(model_entrypoint(arch).__module__)
 
 
+def _published(name: str) -> Published | None:
+    """Look up what is published for a name; without a tag, for its first checkpoint."""
+    family = _family(name)
+    if family is None:
+        return None
+    arch, tag = split_model_name_tag(name)
+    tag = tag or family.default_cfgs[arch].tags[0]
+    return family.PUBLISHED.get(f"{arch}.{tag}" if tag else arch)
+
+
 def _load(model: nn.Module, state_dict: StateDict, name: str, *, drop_head: bool) -> None:
     cfg = getattr(model, "pretrained_cfg", {})
     family = _family(cfg.get("architecture") or "")
@@ -170,11 +185,14 @@ def _load(model: nn.Module, state_dict: StateDict, name: str, *, drop_head: bool
     load_into(model, state_dict, name, drop_head=drop_head, classifier=cfg.get("classifier") or "head")
 
 
-def _published_url(name: str) -> str:
-    url = _pretrained_cfg(name).url
-    if not url:
-        raise ValueError(f"{name} has no published weights; train it, or load a file through checkpoint_path")
-    return str(url)
+def _fetch_published(name: str, revision: str | None) -> Path:
+    cfg = _pretrained_cfg(name)
+    if cfg.url:
+        return fetch(str(cfg.url))
+    if cfg.hf_hub_id:
+        published = _published(name)
+        return fetch_from_hub(str(cfg.hf_hub_id), accuracy=published.top1 if published else None, revision=revision)
+    raise ValueError(f"{name} has no published weights; train it, or load a file through checkpoint_path")
 
 
 def _pretrained_cfg(name: str) -> PretrainedCfg:

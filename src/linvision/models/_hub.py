@@ -1,0 +1,69 @@
+"""The Hugging Face hub: published files fetched by repository, and models shared in timm's form."""
+
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from timm.models import push_to_hf_hub
+from timm.models._hub import save_for_hf
+from torch import nn
+
+from linvision.models._checkpoints import DownloadError
+
+WEIGHT_FILES = ["*.safetensors", "*.pth", "*.pt", "*.bin"]
+
+
+def fetch_from_hub(repo_id: str, *, accuracy: float | None = None, revision: str | None = None) -> Path:
+    """Download the weights of a hub repository into the hub's cache and return the file.
+
+    Args:
+        repo_id: "owner/name".
+        accuracy: published top-1 in %. Of several files the one that carries it in its name (76p1 for 76.1) is taken.
+        revision: branch, tag or commit to pin.
+
+    Raises:
+        DownloadError: without a network, for an unknown repository, or where no file or no one file is to be chosen.
+    """
+    named = f"*{accuracy:.1f}*".replace(".", "p") if accuracy is not None else None
+    tried: list[Path] = []
+    for patterns in [[named], WEIGHT_FILES] if named else [WEIGHT_FILES]:
+        try:
+            folder = huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=patterns)
+        except (OSError, HfHubHTTPError, HFValidationError) as error:
+            raise DownloadError(
+                f"could not download {repo_id} from the Hugging Face hub ({str(error).splitlines()[0]}); fetch a file "
+                f"of https://huggingface.co/{repo_id} by other means and pass its path as checkpoint_path"
+            ) from error
+        tried = sorted(path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file())
+        if len(tried) == 1:
+            return tried[0]
+    found = ", ".join(path.name for path in tried) or "no weight files"
+    raise DownloadError(f"{repo_id} holds {found}: download the right one and pass its path as checkpoint_path")
+
+
+def push_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    commit_message: str = "Add model",
+) -> None:
+    """Upload a model to the Hugging Face hub in timm's form, as safetensors; ``create_model("hf-hub:...")`` reads it.
+
+    Needs a login (``huggingface-cli login``) with write access to ``repo_id``.
+    """
+    push_to_hf_hub(
+        model,
+        repo_id,
+        private=private,
+        revision=revision,
+        commit_message=commit_message,
+        safe_serialization=True,
+        model_card={"description": f"{type(model).__name__}, trained with linvision.", "license": "unknown"},
+    )
+
+
+def save_pretrained(model: nn.Module, folder: str | Path) -> None:
+    """Write a model into a folder as ``push_to_hub`` uploads it; ``create_model("local-dir:...")`` reads it."""
+    save_for_hf(model, str(folder), safe_serialization=True)
