@@ -1,5 +1,13 @@
 """Sequence mixers as pure functions of tensors, linear in the sequence length."""
 
 from linvision.ops.mlstm import MLSTMState, mlstm, mlstm_parallel, mlstm_recurrent
+from linvision.ops.selective_scan import selective_scan, selective_scan_sequential
 
-__all__ = ["MLSTMState", "mlstm", "mlstm_parallel", "mlstm_recurrent"]
+__all__ = [
+    "MLSTMState",
+    "mlstm",
+    "mlstm_parallel",
+    "mlstm_recurrent",
+    "selective_scan",
+    "selective_scan_sequential",
+]

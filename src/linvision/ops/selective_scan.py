@@ -1,0 +1,265 @@
+"""Selective scan, the state space recurrence of Mamba and Vision Mamba: linear in the number of tokens.
+
+Paper: Mamba (arXiv 2312.00752, algorithm 2 and equation 2, with B discretised to first order as its implementation
+does). Each of E channels carries N states, coupled to the other channels through B, C and delta alone:
+
+    s_t = exp(delta_t A) s_{t-1} + delta_t u_t B_t     (E, N)
+    y_t = s_t C_t + D u_t                              (E,)
+
+Two equal forms: ``selective_scan_sequential`` (the lines above, one token after the other, by autograd) and
+``selective_scan`` itself, which is what models run and which faster backends must match: tiles that stay in cache, with
+a backward pass that computes the states again instead of keeping them.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu, softplus
+from torch.utils.flop_counter import register_flop_formula
+
+from linvision.ops import _selective_scan_tiled
+from linvision.ops._selective_scan_tiled import Inputs
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    reverse: bool = False,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute the selective scan of a sequence in linear time and memory (equations above), tile by tile.
+
+    Args:
+        u: input, (B, S, E).
+        delta: step size of each token and channel, (B, S, E).
+        A: decay rate of each state, (E, N); negative, or states grow.
+        B, C: what each token writes to and reads from the states, (B, S, N).
+        D: weight of the input in the output, (E,).
+        z: gate, (B, S, E): the output is multiplied by silu(z).
+        delta_bias: added to delta first, (E,).
+        delta_softplus: take softplus(delta + delta_bias) as the step size.
+        reverse: scan from the last token to the first. The result equals that of the flipped sequence, flipped back;
+            "initial" then means before token S-1 and "final" after token 0.
+        initial_state: states before the first token, (B, E, N), so that a long sequence can be fed in pieces.
+        return_state: also return the states after the last token.
+
+        u, delta, B, C and z share one floating-point type; the other tensors may have another. States, decays and sums
+        are float32 whatever the inputs are (float64 for float64 u).
+
+    Returns:
+        y (B, S, E) in u's type, or (y, final state (B, E, N)).
+
+    Raises:
+        ValueError: where shapes, types or devices disagree, or a sequence is empty.
+    """
+    _check(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    dtype = _state_dtype(u)
+    D, delta_bias, initial_state = (None if x is None else x.to(dtype) for x in (D, delta_bias, initial_state))
+    tensors = (u, delta, A.to(dtype), B, C, D, z, delta_bias, initial_state)
+    for_backward = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    y, state, _ = torch.ops.linvision.selective_scan(*tensors, delta_softplus, reverse, for_backward)
+    return (y, state) if return_state else y
+
+
+def selective_scan_sequential(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    reverse: bool = False,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute what ``selective_scan`` computes one token after the other; for tests and for reading."""
+    _check(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    dtype = _state_dtype(u)
+    x, step, A, B, C = (tensor.to(dtype) for tensor in (u, delta, A, B, C))
+    if delta_bias is not None:
+        step = step + delta_bias.to(dtype)
+    if delta_softplus:
+        step = softplus(step)
+    state = x.new_zeros(len(x), *A.shape) if initial_state is None else initial_state.to(dtype)
+    y = [x] * x.shape[1]
+    for t in reversed(range(len(y))) if reverse else range(len(y)):
+        state = torch.exp(step[:, t, :, None] * A) * state + (step * x)[:, t, :, None] * B[:, t, None, :]
+        y[t] = (state * C[:, t, None, :]).sum(-1)
+    result = torch.stack(y, dim=1)
+    if D is not None:
+        result = result + D.to(dtype) * x
+    if z is not None:
+        result = result * silu(z.to(dtype))
+    result = result.to(u.dtype)
+    return (result, state) if return_state else result
+
+
+def _state_dtype(u: Tensor) -> torch.dtype:
+    return torch.float64 if u.dtype == torch.float64 else torch.float32
+
+
+def _check(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+) -> None:
+    if u.ndim != 3 or A.ndim != 2:
+        raise ValueError(
+            f"selective_scan: u must be (B, S, E) and A (E, N) but their shapes are {tuple(u.shape)}, {tuple(A.shape)}"
+        )
+    batch, num_tokens, width = u.shape
+    num_states = A.shape[1]
+    if num_tokens == 0 or width == 0 or num_states == 0:
+        raise ValueError(
+            "selective_scan: needs at least one token, channel and state but u and A have shapes "
+            f"{tuple(u.shape)}, {tuple(A.shape)}"
+        )
+    tokens, states = (batch, num_tokens, width), (batch, num_tokens, num_states)
+    needed = {
+        "delta": (delta, "(B, S, E)", tokens),
+        "A": (A, "(E, N)", (width, num_states)),
+        "B": (B, "(B, S, N)", states),
+        "C": (C, "(B, S, N)", states),
+        "D": (D, "(E,)", (width,)),
+        "z": (z, "(B, S, E)", tokens),
+        "delta_bias": (delta_bias, "(E,)", (width,)),
+        "initial_state": (initial_state, "(B, E, N)", (batch, width, num_states)),
+    }
+    for name, (x, letters, shape) in needed.items():
+        if x is None:
+            continue
+        if x.shape != shape:
+            raise ValueError(
+                f"selective_scan: {name} must have shape {letters} = {shape} for u of {tuple(u.shape)} and "
+                f"{num_states} states but has {tuple(x.shape)}"
+            )
+        if x.device != u.device:
+            raise ValueError(f"selective_scan: {name} is on {x.device} but u on {u.device}; move them to one device")
+        if not x.is_floating_point() or (name in {"delta", "B", "C", "z"} and x.dtype != u.dtype):
+            raise ValueError(
+                f"selective_scan: u, delta, B, C and z must have one floating-point type, the others any; {name} is "
+                f"{x.dtype}, u is {u.dtype}"
+            )
+    if not u.is_floating_point():
+        raise ValueError(f"selective_scan: u must be of a floating-point type but is {u.dtype}")
+
+
+# The op as torch sees it: opaque to compile and export, with a meta kernel, a gradient and a count of its operations.
+# The third output, the states at every so many tokens, is for the backward pass alone.
+
+
+@torch.library.custom_op("linvision::selective_scan", mutates_args=())
+def _selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+    keep_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = Inputs(u, delta, A.mT.contiguous(), B, C, D, z, delta_bias, delta_softplus, reverse)
+    with torch.autocast(u.device.type, enabled=False):
+        return _selective_scan_tiled.forward(inputs, initial_state, keep_states)
+
+
+@_selective_scan.register_fake
+def _(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse, keep_states):
+    (batch, num_tokens, width), num_states = u.shape, A.shape[1]
+    num_kept = -(-num_tokens // _selective_scan_tiled.interval(num_states)) if keep_states else 0
+    return (
+        u.new_empty(u.shape),
+        A.new_empty(batch, width, num_states),
+        A.new_empty(num_kept, batch, num_states, width),
+    )
+
+
+@torch.library.custom_op("linvision::selective_scan_backward", mutates_args=())
+def _selective_scan_backward(
+    dy: Tensor,
+    d_state: Tensor,
+    kept: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+) -> list[Tensor]:
+    """Return the gradients of u, delta, A, B, C, initial_state, then those given of D, z, delta_bias, in this order."""
+    inputs = Inputs(u, delta, A.mT.contiguous(), B, C, D, z, delta_bias, delta_softplus, reverse)
+    with torch.autocast(u.device.type, enabled=False):
+        gradients = _selective_scan_tiled.backward(inputs, kept, dy, d_state)
+    gradients["A"] = gradients["A"].mT.contiguous()
+    order = ("u", "delta", "A", "B", "C", "initial_state", "D", "z", "delta_bias")
+    return [gradients[name] for name in order if name in gradients]
+
+
+@_selective_scan_backward.register_fake
+def _(dy, d_state, kept, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse):
+    return [x.new_empty(x.shape) for x in (u, delta, A, B, C, d_state, D, z, delta_bias) if x is not None]
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, _, ctx.delta_softplus, ctx.reverse, _ = inputs
+    ctx.has_initial_state = inputs[8] is not None
+    ctx.save_for_backward(output[2], *tensors)
+
+
+def _gradient(ctx, dy, d_state, _):
+    kept, *tensors = ctx.saved_tensors
+    gradients = torch.ops.linvision.selective_scan_backward(
+        dy, d_state, kept, *tensors, ctx.delta_softplus, ctx.reverse
+    )
+    required, (d_initial, *rest) = gradients[:5], gradients[5:]
+    optional = iter(rest)
+    of_given = [None if x is None else next(optional) for x in tensors[5:]]
+    return *required, *of_given, d_initial if ctx.has_initial_state else None, None, None, None
+
+
+_selective_scan.register_autograd(_gradient, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.linvision.selective_scan)
+def selective_scan_flops(u_shape, delta_shape, A_shape, *args, out_shape=None, **options) -> int:
+    """Count 9 operations per token, channel and state of a forward pass.
+
+    As usual for selective scans, products count as multiply-adds, 2 each: delta A, delta u B, the step of the
+    recurrence and the product with C; the exponential counts 1. What is done once per channel is left out.
+    """
+    batch, num_tokens, width = u_shape
+    return 9 * batch * num_tokens * width * A_shape[1]
+
+
+@register_flop_formula(torch.ops.linvision.selective_scan_backward)
+def selective_scan_backward_flops(dy_shape, d_state_shape, *args, out_shape=None, **options) -> int:
+    """Count three forward passes: the states once more, and two products for each product."""
+    batch, num_tokens, _ = dy_shape
+    return 27 * batch * num_tokens * d_state_shape[1] * d_state_shape[2]

@@ -1,0 +1,305 @@
+"""The selective scan: golden cases, its tiled form against the definition, states, gradients and how torch sees it."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from linvision.ops import _selective_scan_tiled as tiled
+from linvision.ops import selective_scan, selective_scan_sequential
+from tests import goldens
+
+FORMS = [selective_scan, selective_scan_sequential]
+TOKENS = ("u", "delta", "B", "C", "z")
+
+
+def random_inputs(
+    num_tokens: int,
+    *,
+    batch: int = 2,
+    width: int = 6,
+    num_states: int = 4,
+    dtype: torch.dtype = torch.float64,
+    options: bool = True,
+) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(num_tokens * 1000 + num_states)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    inputs = {
+        "u": random(batch, num_tokens, width),
+        "delta": random(batch, num_tokens, width).abs(),
+        "A": -random(width, num_states).exp(),
+        "B": random(batch, num_tokens, num_states),
+        "C": random(batch, num_tokens, num_states),
+    }
+    if options:
+        inputs |= {"D": random(width), "z": random(batch, num_tokens, width), "delta_bias": random(width).abs()}
+        inputs |= {"initial_state": random(batch, width, num_states)}
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return {name: x.to(dtype if name in TOKENS else wide) for name, x in inputs.items()}
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Cut even small inputs into many tiles, several sequences and several kept states in each."""
+    monkeypatch.setattr(tiled, "STEP_PER_THREAD", 32 // torch.get_num_threads())
+    monkeypatch.setattr(tiled, "TILE_PER_THREAD", 1600 // torch.get_num_threads())
+
+
+def gradients(form, inputs: dict[str, Tensor], **options) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
+    y, state = form(**leaves, delta_softplus=True, return_state=True, **options)
+    weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+    ((y * weight).sum() + state.square().sum()).backward()
+    return y.detach(), state.detach(), {name: x.grad for name, x in leaves.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", goldens.names("op_scan"))
+def test_golden(name, form, reverse, dtype):
+    case = goldens.load_op_case(name, dtype)
+
+    def in_order(x: Tensor) -> Tensor:
+        if x.ndim < 3:
+            return x
+        return x.transpose(1, 2).flip(1) if reverse else x.transpose(1, 2)
+
+    keys = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+    inputs = {key: in_order(case[key]).detach().requires_grad_() for key in keys}
+    y = form(**inputs, delta_softplus=True, reverse=reverse)
+    assert goldens.relative_error(y, in_order(case["y"])) <= goldens.OUTPUT_BOUND[dtype]
+    (y * in_order(case["loss_weight"])).sum().backward()
+    golden = {key: in_order(case[f"grad/{key}"]) for key in keys}
+    goldens.assert_gradients_match({k: x.grad for k, x in inputs.items()}, golden, goldens.GRADIENT_BOUND[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_large_steps_stay_finite_in_half_precision(dtype):
+    case = goldens.load_op_case("op_scan_large_delta", dtype)
+    keys = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+    inputs = {key: (case[key].transpose(1, 2) if case[key].ndim == 3 else case[key]).requires_grad_() for key in keys}
+    y, state = selective_scan(**inputs, delta_softplus=True, return_state=True)
+    assert y.dtype == dtype
+    assert state.dtype == torch.float32
+    assert goldens.relative_error(y.transpose(1, 2), case["y"]) < 0.05
+    y.float().sum().backward()
+    for key, x in inputs.items():
+        assert x.grad is not None
+        assert x.grad.dtype == dtype
+        assert x.grad.isfinite().all(), key
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("num_tokens", "num_states"), [(1, 1), (16, 3), (17, 16), (65, 64), (130, 1), (131, 7)])
+@pytest.mark.usefixtures("small_tiles")
+def test_tiles_agree_with_the_definition(num_tokens, num_states, reverse):
+    inputs = random_inputs(num_tokens, batch=5, num_states=num_states)
+    y, state, ours = gradients(selective_scan, inputs, reverse=reverse)
+    expected_y, expected_state, expected = gradients(selective_scan_sequential, inputs, reverse=reverse)
+    torch.testing.assert_close(y, expected_y)
+    torch.testing.assert_close(state, expected_state)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(ours[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    batch=st.integers(1, 11),
+    num_tokens=st.integers(1, 200),
+    width=st.integers(1, 9),
+    num_states=st.integers(1, 20),
+    threads=st.integers(1, 64),
+)
+def test_every_cut_covers_each_token_of_each_sequence_once(batch, num_tokens, width, num_states, threads):
+    u, A = torch.empty(batch, num_tokens, width), torch.empty(num_states, width)
+    inputs = tiled.Inputs(u, u, A, u, u, None, None, None, False, False)
+    tiling = tiled._Tiling.plan(inputs, threads=threads)
+    seen = torch.zeros(batch, num_tokens)
+    for rows in tiling.rows():
+        for tokens in tiling.tokens(from_the_end=False):
+            assert tokens.start % tiled.interval(num_states) == 0
+            seen[rows, tokens] += 1
+    assert (seen == 1).all()
+    assert tiling.tokens(from_the_end=True) == tiling.tokens(from_the_end=False)[::-1]
+
+
+def test_reverse_is_the_flipped_sequence_flipped_back():
+    inputs = random_inputs(150)
+    flipped = {name: x.flip(1) if name in TOKENS else x for name, x in inputs.items()}
+    torch.testing.assert_close(selective_scan(**inputs, reverse=True), selective_scan(**flipped).flip(1))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_long_inputs_can_be_fed_in_pieces(reverse):
+    inputs = {name: x.requires_grad_() for name, x in random_inputs(90).items()}
+    whole, final = selective_scan(**inputs, reverse=reverse, return_state=True)
+    pieces, state = [], inputs["initial_state"]
+    for start, stop in ((0, 33), (33, 34), (34, 90))[:: -1 if reverse else 1]:
+        piece = {name: x[:, start:stop] if name in TOKENS else x for name, x in inputs.items()}
+        y, state = selective_scan(**(piece | {"initial_state": state}), reverse=reverse, return_state=True)
+        pieces.append(y)
+    joined = torch.cat(pieces[::-1] if reverse else pieces, dim=1)
+    torch.testing.assert_close(joined, whole)
+    torch.testing.assert_close(state, final)
+    leaves = list(inputs.values())
+    expected = torch.autograd.grad(whole.square().sum() + final.sum(), leaves)
+    actual = torch.autograd.grad(joined.square().sum() + state.sum(), leaves)
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("num_tokens", "options"), [(1, True), (5, False), (19, True)])
+def test_gradients_against_numeric_derivatives(num_tokens, options, reverse):
+    inputs = random_inputs(num_tokens, batch=1, width=2, num_states=2, options=options)
+    names, tensors = list(inputs), [x.requires_grad_() for x in inputs.values()]
+
+    def scan(*tensors):
+        arguments = dict(zip(names, tensors, strict=True))
+        return selective_scan(**arguments, delta_softplus=options, reverse=reverse, return_state=True)
+
+    assert torch.autograd.gradcheck(scan, tensors)
+
+
+def test_positive_rates_and_any_decay_are_taken_as_they_are():
+    inputs = random_inputs(20) | {"A": torch.linspace(-300, 0.1, 24, dtype=torch.float64).view(6, 4)}
+    y, _, ours = gradients(selective_scan, inputs)
+    expected_y, _, expected = gradients(selective_scan_sequential, inputs)
+    torch.testing.assert_close(y, expected_y)
+    torch.testing.assert_close(ours["A"], expected["A"])
+
+
+def test_float32_is_as_exact_as_the_sequential_definition():
+    exact = selective_scan_sequential(**random_inputs(700, width=16, num_states=16), delta_softplus=True)
+    rounded = random_inputs(700, width=16, num_states=16, dtype=torch.float32)
+    ours = goldens.relative_error(selective_scan(**rounded, delta_softplus=True), exact)
+    sequential = goldens.relative_error(selective_scan_sequential(**rounded, delta_softplus=True), exact)
+    assert ours < 2 * sequential
+
+
+def test_autocast_leaves_the_inside_in_float32():
+    inputs = {name: x.requires_grad_() for name, x in random_inputs(70, dtype=torch.float32).items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = selective_scan(**inputs)
+        inside_gradients = torch.autograd.grad(inside.sum(), list(inputs.values()))
+    outside = selective_scan(**inputs)
+    torch.testing.assert_close(inside, outside, rtol=0, atol=0)
+    outside_gradients = torch.autograd.grad(outside.sum(), list(inputs.values()))
+    for ours, expected in zip(inside_gradients, outside_gradients, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
+def test_non_contiguous_inputs():
+    inputs = random_inputs(70)
+    views = {name: torch.stack([x, x], dim=-1)[..., 0] for name, x in inputs.items()}
+    assert not any(x.is_contiguous() for x in views.values())
+    y, state, ours = gradients(selective_scan, views)
+    expected_y, expected_state, expected = gradients(selective_scan, inputs)
+    torch.testing.assert_close(y, expected_y)
+    torch.testing.assert_close(state, expected_state)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(ours[name], gradient)
+
+
+def test_nothing_as_large_as_all_states_is_kept_for_the_backward_pass():
+    batch, num_tokens, width, num_states = 2, 512, 8, 16
+    inputs = random_inputs(num_tokens, batch=batch, width=width, num_states=num_states, dtype=torch.float32)
+    kept = []
+
+    def pack(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        selective_scan(**{name: x.requires_grad_() for name, x in inputs.items()}, delta_softplus=True)
+    numbers_of_inputs = sum(x.numel() for x in inputs.values())
+    assert sum(x.numel() for x in kept) <= numbers_of_inputs + batch * num_tokens * width
+    assert max(x.numel() for x in kept) < batch * num_tokens * width * num_states
+
+
+@pytest.mark.parametrize("options", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_torch_accepts_the_operator(options, reverse):
+    inputs = random_inputs(37, options=options, dtype=torch.float32)
+    names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+    tensors = [inputs[name].requires_grad_() if name in inputs else None for name in names]
+    torch.library.opcheck(torch.ops.linvision.selective_scan, (*tensors, options, reverse, True))
+
+
+def test_compile_and_export():
+    inputs = random_inputs(37, dtype=torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda **inputs: selective_scan(**inputs, delta_softplus=True, reverse=True),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    torch.testing.assert_close(compiled(**inputs), selective_scan(**inputs, delta_softplus=True, reverse=True))
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    ours = torch.autograd.grad(compiled(**leaves).square().sum(), list(leaves.values()))
+    eager = selective_scan(**leaves, delta_softplus=True, reverse=True)
+    for gradient, expected in zip(ours, torch.autograd.grad(eager.square().sum(), list(leaves.values())), strict=True):
+        torch.testing.assert_close(gradient, expected)
+
+    class Mixer(torch.nn.Module):
+        def forward(self, u, delta, A, B, C):
+            return selective_scan(u, delta, A, B, C, delta_softplus=True)
+
+    names = ("u", "delta", "A", "B", "C")
+    batch, tokens = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("tokens", min=2, max=4096)
+    shapes = [None if name == "A" else {0: batch, 1: tokens} for name in names]
+    example = random_inputs(37, dtype=torch.float32)
+    program = torch.export.export(Mixer(), tuple(example[name] for name in names), dynamic_shapes=shapes)
+    other = random_inputs(90, batch=3, dtype=torch.float32)
+    expected = selective_scan(*(other[name] for name in names), delta_softplus=True)
+    torch.testing.assert_close(program.module()(*(other[name] for name in names)), expected)
+
+
+def test_flops_are_nine_a_state_and_token_and_three_times_that_backward():
+    inputs = random_inputs(50, batch=2, width=6, num_states=4, dtype=torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        y = selective_scan(**{name: x.requires_grad_() for name, x in inputs.items()})
+        assert counter.get_total_flops() == 9 * 2 * 50 * 6 * 4
+        y.sum().backward()
+    assert counter.get_total_flops() == 4 * 9 * 2 * 50 * 6 * 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"u": torch.zeros(5, 6)}, r"u must be \(B, S, E\)"),
+        ({"delta": torch.zeros(2, 6, 5)}, "delta must have shape"),
+        ({"A": torch.zeros(5, 4)}, "A must have shape"),
+        ({"B": torch.zeros(2, 5, 3)}, "B must have shape"),
+        ({"C": torch.zeros(2, 4, 5)}, "C must have shape"),
+        ({"D": torch.zeros(6, 1)}, "D must have shape"),
+        ({"z": torch.zeros(1, 5, 6)}, "z must have shape"),
+        ({"delta_bias": torch.zeros(4)}, "delta_bias must have shape"),
+        ({"initial_state": torch.zeros(2, 4, 6)}, r"initial_state must have shape \(B, E, N\) = \(2, 6, 4\)"),
+        ({"B": torch.zeros(2, 5, 4, dtype=torch.float64)}, "one floating-point type"),
+        ({"A": torch.zeros(6, 4, dtype=torch.int64)}, "A is torch.int64"),
+        ({"C": torch.zeros(2, 5, 4, device="meta")}, "C is on meta"),
+    ],
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_inputs_that_disagree_are_named(form, change, message):
+    inputs = random_inputs(5, dtype=torch.float32) | change
+    with pytest.raises(ValueError, match=message):
+        form(**inputs)
+
+
+def test_an_empty_sequence_is_refused():
+    with pytest.raises(ValueError, match="at least one token"):
+        selective_scan(**random_inputs(0))
+
+
+def test_an_empty_batch_has_an_empty_answer():
+    y, state = selective_scan(**random_inputs(5, batch=0), return_state=True)
+    assert y.shape == (0, 5, 6)
+    assert state.shape == (0, 6, 4)
