@@ -12,8 +12,8 @@ Item = TypeVar("Item")
 
 
 def output() -> Console:
-    """Return the console of results. Away from a terminal nothing is folded to a screen's width."""
-    return Console(width=None if sys.stdout.isatty() else 200, highlight=False, soft_wrap=not sys.stdout.isatty())
+    """Return the console of results. Away from a terminal nothing is cut or folded to a screen's width."""
+    return Console(width=None if sys.stdout.isatty() else 1000, highlight=False, soft_wrap=not sys.stdout.isatty())
 
 
 def notes() -> Console:

@@ -35,7 +35,7 @@ class EvalOptions:
         data_root: folder of downloaded data; default $LINVISION_DATA or ~/.cache/linvision
     """
 
-    model: str
+    model: str | None = None
     data: str | None = None
     checkpoint: str | None = None
     batch_size: int = 64
@@ -108,6 +108,8 @@ def measure(
 
 def evaluate(options: EvalOptions) -> int:
     """Run ``linvision eval``."""
+    if options.model is None:
+        raise UsageError("eval needs --model: a run folder, or the name of a model with published weights")
     if options.batch_size < 1:
         raise UsageError(f"--batch-size {options.batch_size} is out of range: it must be at least 1")
     device = choose_device(options.device, options.precision)

@@ -22,7 +22,7 @@ from torch import nn
 import linvision
 from linvision.data import ArrayData, Batches, FolderData, Preprocess, open_data
 from linvision.errors import UsageError
-from linvision.models import create_model, resolve_name
+from linvision.models import CheckpointError, create_model, resolve_name
 from linvision.tasks.callbacks import AtomicCheckpointIO, EpochSeed, Recorder, Reporter, read_metrics
 from linvision.tasks.classify import Classifier
 from linvision.tasks.console import duration, notes, output
@@ -98,9 +98,12 @@ def prepare(options: TrainOptions, *, fresh: bool = True) -> Plan:
         overrides["drop_path_rate"] = recipe.drop_path
     if fresh and options.checkpoint:
         overrides |= {"checkpoint_path": options.checkpoint, "drop_head": options.drop_head}
-    model = create_model(
-        recipe.model, pretrained=fresh and options.pretrained, num_classes=len(data.classes), **overrides
-    )
+    try:
+        model = create_model(
+            recipe.model, pretrained=fresh and options.pretrained, num_classes=len(data.classes), **overrides
+        )
+    except CheckpointError as error:
+        raise CheckpointError(str(error).replace("drop_head=True", "--drop-head")) from error
     preprocess = Preprocess.of_model(model, recipe.img_size)
     if isinstance(data, ArrayData):
         own = options.pretrained or options.checkpoint
@@ -251,7 +254,7 @@ def _summary(model: nn.Module, plan: Plan, recorder: Recorder, measured: Measure
         "test_images": len(measured.labels),
         "unreadable": _unreadable(plan),
         "seed": plan.options.seed,
-        "device": gpu or platform.processor() or platform.machine(),
+        "device": gpu or _cpu_name(),
         "precision": plan.options.precision,
         "threads": torch.get_num_threads(),
         "versions": {
@@ -262,6 +265,13 @@ def _summary(model: nn.Module, plan: Plan, recorder: Recorder, measured: Measure
             "pytorch_lightning": pl.__version__,
         },
     }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _unreadable(plan: Plan) -> dict[str, str]:

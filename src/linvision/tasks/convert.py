@@ -1,0 +1,66 @@
+"""The command ``linvision convert``: released files and state dicts to safetensors and back."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from linvision.errors import UsageError
+from linvision.models import load_state_dict, to_release
+from linvision.models._checkpoints import rename
+from linvision.models.vil_variants import RELEASE_KEYS_1, RELEASE_KEYS_2
+from linvision.models.vil_variants import _paired as paired
+from linvision.tasks.console import output
+from linvision.tasks.files import replacing, write_weights
+
+TORCH_SUFFIXES = (".th", ".pth", ".pt")
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What to convert into what.
+
+    Attributes:
+        source: a released file, a state dict of the published hub, or safetensors
+        target: the file to write; .safetensors for safetensors, .th, .pth or .pt for a torch file
+        model: name of the model, to write a torch file in the layout in which its family is released instead of a
+            plain state dict
+        ema: take the exponential moving average that the file carries beside the weights
+    """
+
+    source: str
+    target: str
+    model: str | None = None
+    ema: bool = False
+
+
+def convert(options: ConvertOptions) -> int:
+    """Run ``linvision convert``."""
+    target = Path(options.target)
+    if target.suffix not in (".safetensors", *TORCH_SUFFIXES):
+        raise UsageError(f"{target}: the suffix tells what to write, .safetensors or {', '.join(TORCH_SUFFIXES)}")
+    if target.exists():
+        raise UsageError(f"{target} exists already: remove it, or choose another name")
+    if options.model is not None and target.suffix == ".safetensors":
+        raise UsageError("--model is for released torch files: safetensors always carry the model's own keys")
+    state_dict = architecture_keys(load_state_dict(options.source, ema=options.ema))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.suffix == ".safetensors":
+        write_weights(target, state_dict)
+    else:
+        buffer = io.BytesIO()
+        torch.save(state_dict if options.model is None else to_release(options.model, state_dict), buffer)
+        with replacing(target) as temporary:
+            temporary.write_bytes(buffer.getvalue())
+    output().print(f"{target}: {len(state_dict)} tensors, {target.stat().st_size / 1e6:.1f} MB", markup=False)
+    return 0
+
+
+def architecture_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the keys of a released ViL file to the architecture's; other state dicts stay as they are."""
+    if not any(key.startswith("xlstm.") for key in state_dict):
+        return state_dict
+    first_generation = any(".conv1d.conv." in key for key in state_dict)
+    return rename(state_dict, RELEASE_KEYS_1) if first_generation else paired(rename(state_dict, RELEASE_KEYS_2))
