@@ -1,6 +1,5 @@
 """Data sets by name or by path."""
 
-import difflib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from linvision.data.arrays import ArrayData, cifar10, cifar100, digits, fashion_mnist, mnist
 from linvision.data.folders import FolderData, open_folder, open_test_folder
 from linvision.errors import UsageError
+from linvision.models import nearest
 
 DATASETS: dict[str, Callable[[Path], ArrayData]] = {
     "digits": digits,
@@ -48,6 +48,6 @@ def _existing(name: str) -> Path:
         return folder
     if folder.is_file():
         raise UsageError(f"{name} is a file: give a folder of images, or one of {', '.join(DATASETS)}")
-    near = difflib.get_close_matches(name.lower().replace("_", "-"), DATASETS, n=2, cutoff=0.5)
+    near = nearest(name.replace("_", "-"), DATASETS, 2)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(DATASETS)}"
     raise UsageError(f"no data set and no folder is called {name}: {hint}")

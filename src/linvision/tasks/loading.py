@@ -101,22 +101,27 @@ def _open_run(run: RunFolder, checkpoint: str | None, img_size: int | None) -> O
     card = run.load_card()
     preprocess = card.preprocess
     trained_size = size_overrides(card.model, preprocess.size[0])
-    model: Any = create_model(card.model, num_classes=len(card.classes), **trained_size)
+    model = create_model(card.model, num_classes=len(card.classes), **trained_size)
     load_checkpoint(model, checkpoint or run.weights())
     if img_size is not None:
         preprocess = replace(preprocess, size=(img_size, img_size))
-        if hasattr(model, "set_input_size"):
-            model.set_input_size(img_size=preprocess.size)
+        _set_size(model, img_size)
     return Opened(model, card.model, preprocess, card.classes, card.classes, card.data)
 
 
 def _open_named(spec: str, checkpoint: str | None, img_size: int | None) -> Opened:
     name = resolve_name(spec)
-    model = create_model(
-        name, pretrained=checkpoint is None, checkpoint_path=checkpoint, **size_overrides(name, img_size)
-    )
+    model = create_model(name, pretrained=checkpoint is None, checkpoint_path=checkpoint)
+    if img_size is not None:
+        _set_size(model, img_size)
     labels, titles = _imagenet_names(model)
     return Opened(model, name, Preprocess.of_model(model, img_size), labels, titles)
+
+
+def _set_size(model: Any, img_size: int) -> None:
+    """Resize what a model learnt for each place; models that learnt no such thing take any size."""
+    if hasattr(model, "set_input_size"):
+        model.set_input_size(img_size=(img_size, img_size))
 
 
 def _imagenet_names(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:

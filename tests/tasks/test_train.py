@@ -1,0 +1,239 @@
+"""Training runs: their folder, resuming, and what goes wrong on the way."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from linvision.cli import main
+from linvision.data import DATASETS
+from linvision.data.arrays import digits
+from linvision.tasks import callbacks, files
+from linvision.tasks.classify import Classifier
+from linvision.tasks.pictures import choose_examples
+from linvision.tasks.run_folder import FILES
+from tests.data.samples import truncate, write_folder
+from tests.tasks.runs import TINY, metrics, same_weights, weights
+
+# Everything that draws random numbers; the moving average and the schedule carry state.
+RANDOM = ("--mixup", "0.5", "--cutmix", "0.5", "--drop-path", "0.3", "--ema", "0.5", "--epochs", "3", "--seed", "5")
+
+
+def test_run_folder_is_complete(finished):
+    assert {path.name for path in finished.iterdir()} == {*FILES, "tensorboard"}
+    assert [path for path in (finished / "tensorboard").iterdir() if "events" in path.name]
+    for name in ("curves", "predictions", "confusion_matrix"):
+        with Image.open(finished / f"{name}.png") as image:
+            assert min(image.size) > 200
+            assert len(image.convert("RGB").getcolors(1 << 24)) > 10
+
+
+def test_metrics_have_a_line_an_epoch(finished):
+    rows = metrics(finished)
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert set(rows[0]) == {"epoch", "lr", "train_loss", "train_top1", "test_loss", "test_top1", "test_top5"}
+    assert 0 < float(rows[0]["train_loss"]) < 5
+
+
+def test_summary(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    rows = metrics(finished)
+    assert summary["top1"] == pytest.approx(float(rows[-1]["test_top1"]), abs=1e-5)
+    assert summary["loss"] == pytest.approx(float(rows[-1]["test_loss"]), rel=1e-4)
+    assert summary["best"]["top1"] == max(float(row["test_top1"]) for row in rows)
+    assert summary["parameters"] == sum(tensor.numel() for tensor in weights(finished).values())
+    assert (summary["epochs"], summary["train_images"], summary["test_images"]) == (2, 12, 6)
+    assert {"top5", "seconds", "images_per_second", "seed", "device", "threads", "versions"} <= set(summary)
+    assert summary["versions"]["torch"] == torch.__version__
+
+
+def test_configuration_starts_the_same_run_again(finished, tmp_path):
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    assert config["lr"] == 5e-4
+    assert main(["train", "--config", str(finished / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
+    assert same_weights(finished, tmp_path / "again")
+    assert metrics(finished) == metrics(tmp_path / "again")
+
+
+def test_seeds_differ(finished, colours, tmp_path):
+    assert main(["train", "--data", str(colours), "--out", str(tmp_path / "a"), *TINY, "--seed", "1"]) == 0
+    assert not same_weights(finished, tmp_path / "a")
+
+
+@pytest.mark.parametrize(("data", "workers"), [("colours", "0"), ("colours", "2"), ("digits", "0")])
+def test_resumed_run_equals_an_uninterrupted_one(data, workers, colours, tmp_path, monkeypatch):
+    whole = digits(Path())
+    few = replace(whole, train=tuple(part[:20] for part in whole.train), test=tuple(part[:9] for part in whole.test))
+    monkeypatch.setitem(DATASETS, "digits", lambda root: few)
+    name = str(colours) if data == "colours" else data
+    options = ["--data", name, *TINY, *RANDOM, "--workers", workers]
+    assert main(["train", *options, "--out", str(tmp_path / "whole")]) == 0
+    step = Classifier.training_step
+
+    def interrupted(self, batch, batch_idx):
+        if self.current_epoch == 1 and batch_idx == 1:
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "training_step", interrupted)
+        assert main(["train", *options, "--out", str(tmp_path / "parts")]) == 130
+    assert len(metrics(tmp_path / "parts")) == 1
+    assert not (tmp_path / "parts/summary.json").exists()
+    assert main(["train", "--resume", str(tmp_path / "parts")]) == 0
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+    for which in ("last", "best"):
+        assert same_weights(tmp_path / "parts", tmp_path / "whole", which)
+    assert (tmp_path / "parts/summary.json").exists()
+
+
+def test_run_that_stopped_in_its_first_epoch_resumes(finished, colours, tmp_path, monkeypatch, capfd):
+    def interrupted(self, batch, batch_idx):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Classifier, "training_step", interrupted)
+    out = tmp_path / "run"
+    assert main(["train", "--data", str(colours), "--out", str(out), *TINY]) == 130
+    assert f"continue with: linvision train --resume {out}" in capfd.readouterr().err
+    monkeypatch.undo()
+    assert main(["train", "--resume", str(out)]) == 0
+    assert same_weights(out, finished)
+
+
+def test_resuming_a_finished_run_only_writes_its_results(finished, tmp_path, colours):
+    out = tmp_path / "run"
+    assert main(["train", "--data", str(colours), "--out", str(out), *TINY]) == 0
+    before = json.loads((out / "summary.json").read_text())
+    (out / "summary.json").unlink()
+    (out / "curves.png").unlink()
+    assert main(["train", "--resume", str(out)]) == 0
+    after = json.loads((out / "summary.json").read_text())
+    assert after["top1"] == before["top1"]
+    assert after["seconds"] == before["seconds"]
+    assert (out / "curves.png").exists()
+    assert same_weights(out, finished)
+
+
+def test_a_full_disk_loses_nothing(finished, colours, tmp_path, monkeypatch, capfd):
+    out = tmp_path / "run"
+    write = callbacks.TorchCheckpointIO.save_checkpoint
+
+    def full(self, checkpoint, path, storage_options=None):
+        if checkpoint["epoch"] == 1:
+            path.write_bytes(b"half of the sta")
+            raise OSError(28, "No space left on device")
+        write(self, checkpoint, path, storage_options)
+
+    monkeypatch.setattr(callbacks.TorchCheckpointIO, "save_checkpoint", full)
+    assert main(["train", "--data", str(colours), "--out", str(out), *TINY]) == 1
+    assert "No space left on device" in capfd.readouterr().err
+    assert not [path for path in out.iterdir() if path.suffix == ".tmp"]
+    monkeypatch.undo()
+    assert main(["train", "--resume", str(out)]) == 0
+    assert metrics(out) == metrics(finished)
+    assert same_weights(out, finished)
+
+
+def test_files_are_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.txt"
+    files.write_text(path, "old")
+
+    def fail():
+        with files.replacing(path) as temporary:
+            temporary.write_text("ne")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_damaged_state_is_named(colours, tmp_path, capfd):
+    out = tmp_path / "run"
+    assert main(["train", "--data", str(colours), "--out", str(out), *TINY, "--epochs", "1"]) == 0
+    truncate(out / "state.ckpt")
+    capfd.readouterr()
+    assert main(["train", "--resume", str(out)]) == 1
+    assert "state.ckpt is damaged" in capfd.readouterr().err.splitlines()[-1]
+    (out / "config.yaml").write_text("lr: [1")
+    assert main(["train", "--resume", str(out)]) == 1
+    assert "config.yaml is damaged" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_divergence_stops_the_run_and_keeps_the_last_good_epoch(colours, tmp_path, monkeypatch, capfd):
+    step = Classifier.training_step
+    monkeypatch.setattr(
+        Classifier, "training_step", lambda self, *batch: step(self, *batch) * (torch.nan if self.current_epoch else 1)
+    )
+    out = tmp_path / "run"
+    assert main(["train", "--data", str(colours), "--out", str(out), *TINY]) == 1
+    assert "the training loss became nan in epoch 2: lower --lr" in capfd.readouterr().err
+    assert len(metrics(out)) == 1
+    assert all(tensor.isfinite().all() for tensor in weights(out).values())
+
+
+def test_unreadable_images_are_listed_once(tmp_path, capfd):
+    folder = write_folder(tmp_path / "data")
+    truncate(folder / "train/red/1.png")
+    truncate(folder / "val/green/0.png")
+    out = tmp_path / "run"
+    assert main(["train", "--data", str(folder), "--out", str(out), *TINY, "--batch-size", "12"]) == 0
+    captured = capfd.readouterr().err
+    assert "2 images could not be read and were skipped" in captured
+    assert captured.count("train/red/1.png") == captured.count("val/green/0.png") == 1
+    summary = json.loads((out / "summary.json").read_text())
+    assert len(summary["unreadable"]) == 2
+    assert summary["test_images"] == 5
+
+
+def test_a_line_an_epoch_without_a_terminal(colours, tmp_path, capfd):
+    assert main(["train", "--data", str(colours), "--out", str(tmp_path / "run"), *TINY]) == 0
+    captured = capfd.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("epoch ")]
+    assert len(lines) == 2
+    for part in ("epoch 2/2", "loss", "train", "test", "images/s", "left"):
+        assert part in lines[1]
+    assert "\x1b" not in captured.err
+    assert captured.out.startswith("test accuracy")
+    assert len(captured.out.splitlines()) == 1
+
+
+def test_a_live_bar_on_a_terminal(colours, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(callbacks, "SECONDS_BETWEEN_UPDATES", (0.0, 0.0))
+    assert main(["train", "--data", str(colours), "--out", str(tmp_path / "run"), *TINY]) == 0
+    captured = capfd.readouterr().err
+    for part in ("epoch 1/2", "accuracy", "images/s", "left", "\x1b["):
+        assert part in captured
+
+
+def test_next_free_folder_by_default(colours, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/vil2_mini_patch4_32-colours-1").mkdir(parents=True)
+    assert main(["train", "--data", str(colours), *TINY, "--epochs", "1"]) == 0
+    assert (tmp_path / "runs/vil2_mini_patch4_32-colours-2/summary.json").exists()
+
+
+def test_models_of_timm_train_at_any_size(colours, tmp_path):
+    for model, size in (("test_vit", "32"), ("test_resnet", "48")):
+        out = tmp_path / model
+        options = ["--data", str(colours), *TINY, "--model", model, "--img-size", size, "--epochs", "1"]
+        assert main(["train", *options, "--out", str(out)]) == 0
+        assert json.loads((out / "model.json").read_text())["preprocess"]["size"] == [int(size)] * 2
+
+
+def test_examples_show_wrong_answers_first_of_all():
+    labels = torch.arange(100) % 10
+    predictions = labels.clone()
+    predictions[:50] = (labels[:50] + 1) % 10
+    chosen = choose_examples(predictions, labels, 30)
+    assert len(chosen) == len(chosen.unique()) == 30
+    assert (predictions != labels)[chosen].sum() == 10
+    assert chosen.tolist() == sorted(chosen.tolist())
+    assert len(choose_examples(predictions[:5], labels[:5], 30)) == 5
