@@ -215,6 +215,7 @@ class Payload:
         return Path.touch, (Path(os.environ["LINVISION_TEST_PAYLOAD"]),)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
 def test_a_pickle_with_code_is_refused_and_not_run(save, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("LINVISION_TEST_PAYLOAD", str(tmp_path / "ran"))

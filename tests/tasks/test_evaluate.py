@@ -46,6 +46,7 @@ def test_figures_are_those_of_the_definitions(colours):
 def test_labels_are_matched_by_name_and_then_by_number():
     assert match_labels(("b", "a"), opened(("a", "b", "c")), "x").tolist() == [1, 0]
     assert match_labels(("x", "y"), opened(("a", "b")), "x").tolist() == [0, 1]
+    assert match_labels(tuple(sorted(map(str, range(11)))), opened(tuple("abcdefghijk")), "x").tolist()[1:3] == [1, 10]
     with pytest.raises(UsageError, match="has 2 classes but model tells 3 others apart: it does not know x"):
         match_labels(("a", "x"), opened(("a", "b", "c")), "photos")
     with pytest.raises(UsageError, match="does not know x, y"):

@@ -110,7 +110,9 @@ def test_resuming_a_finished_run_only_writes_its_results(finished, tmp_path, col
     before = json.loads((out / "summary.json").read_text())
     (out / "summary.json").unlink()
     (out / "curves.png").unlink()
+    (out / ".state.ckpt.123.tmp").write_text("left by a killed process")
     assert main(["train", "--resume", str(out)]) == 0
+    assert not (out / ".state.ckpt.123.tmp").exists()
     after = json.loads((out / "summary.json").read_text())
     assert after["top1"] == before["top1"]
     assert after["seconds"] == before["seconds"]

@@ -132,7 +132,9 @@ def evaluate(options: EvalOptions) -> int:
 
 
 def match_labels(classes: tuple[str, ...], opened: Opened, name: str) -> Tensor:
-    """Return the model's output for each class of the data: by equal names, else by position if the numbers agree.
+    """Return the model's output for each class of the data, by equal names.
+
+    For published weights as many folders as there are outputs will do: by their numbers, or in order.
 
     Raises:
         UsageError: the classes are not among the model's.
@@ -140,8 +142,9 @@ def match_labels(classes: tuple[str, ...], opened: Opened, name: str) -> Tensor:
     index = {label: output for output, label in enumerate(opened.labels)}
     if all(label in index for label in classes):
         return torch.tensor([index[label] for label in classes])
-    if len(classes) == len(opened.labels) and not opened.data:
-        return torch.arange(len(classes))
+    if len(classes) == len(index) and not opened.data:
+        numbered = sorted(classes) == sorted(map(str, range(len(classes))))
+        return torch.tensor([int(label) for label in classes]) if numbered else torch.arange(len(classes))
     unknown = [label for label in classes if label not in index]
     raise UsageError(
         f"{name} has {len(classes)} classes but {opened.name} tells {len(opened.labels)} others apart: "

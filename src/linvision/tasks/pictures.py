@@ -22,6 +22,7 @@ def draw_curves(path: Path, rows: list[dict[str, float]], title: str) -> None:
         for split, style in (("train", "--"), ("test", "-")):
             axes.plot(epochs, [row[f"{split}_{name}"] * scale for row in rows], style, label=split)
         axes.set(xlabel="epoch", ylabel=label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
     best = max(rows, key=lambda row: row["test_top1"])

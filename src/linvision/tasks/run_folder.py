@@ -141,8 +141,14 @@ class RunFolder:
                 return path
         raise UsageError(f"{self.path} has no weights yet: its first epoch is not finished")
 
+    def tidy(self) -> None:
+        """Remove the unfinished files that a killed process left."""
+        for path in self.path.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
     def clear(self) -> None:
         """Remove everything that a run writes, and nothing else."""
+        self.tidy()
         for name in FILES:
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
