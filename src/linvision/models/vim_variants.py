@@ -1,0 +1,215 @@
+"""The published Vim models: registered names, published function names and constructor arguments, checkpoint files.
+
+Accuracies are those of the paper (arXiv 2401.09417), ImageNet-1K validation, top-1 in %.
+"""
+
+import math
+from typing import Any
+
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from linvision.models._backbone import Published, build, classifier_cfg
+from linvision.models._checkpoints import StateDict, unwrap
+from linvision.models.vim import ClassToken, Directions, VisionMamba, resize_positions
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateDict:
+    """Drop a classifier that the model has no place for; fit position tables of another grid."""
+    state_dict = dict(unwrap(state_dict, "checkpoint"))
+    own = model.state_dict()
+    if not any(key.startswith("head.") for key in own):
+        state_dict = {key: x for key, x in state_dict.items() if not key.startswith("head.")}
+    # Rotary tables are computed, not learned: each grid has its own.
+    state_dict |= {key: x for key, x in own.items() if key.startswith("rope.") and key in state_dict}
+    table = state_dict.get("pos_embed")
+    if isinstance(model, VisionMamba) and table is not None and "pos_embed" in own:
+        state_dict["pos_embed"] = _fitted_positions(table, own["pos_embed"], model)
+    return state_dict
+
+
+def _fitted_positions(table: Tensor, own: Tensor, model: VisionMamba) -> Tensor:
+    """Resize the table of a square grid to the model's; one that is no such table stays, to be refused by its shape."""
+    if table.ndim != 3 or table.shape[1] == own.shape[1] or table.shape[2] != own.shape[2]:
+        return table
+    num_patches = table.shape[1] - (own.shape[1] - model.grid[0] * model.grid[1])
+    side = math.isqrt(num_patches)
+    if side * side != num_patches:
+        return table
+    return resize_positions(table.float(), model.class_token, (side, side), model.grid)
+
+
+def to_release(state_dict: dict[str, Tensor]) -> dict[str, Any]:
+    """Wrap a state dict as in the released files, under "model"."""
+    return {"model": dict(state_dict)}
+
+
+def from_published_arguments(**arguments: Any) -> VisionMamba:
+    """Build a model from the published constructor's arguments; see ``published_options``."""
+    return VisionMamba(**published_options(**arguments))
+
+
+def published_options(
+    *,
+    img_size: int | tuple[int, int] = 224,
+    patch_size: int = 16,
+    stride: int = 16,
+    depth: int = 24,
+    embed_dim: int = 192,
+    d_state: int = 16,
+    channels: int = 3,
+    num_classes: int = 1000,
+    drop_rate: float = 0.0,
+    drop_path_rate: float = 0.1,
+    norm_epsilon: float = 1e-5,
+    rms_norm: bool = True,
+    residual_in_fp32: bool = True,
+    fused_add_norm: bool = True,
+    pt_hw_seq_len: int = 14,
+    if_bidirectional: bool = False,
+    final_pool_type: str = "none",
+    if_abs_pos_embed: bool = True,
+    if_rope: bool = False,
+    if_rope_residual: bool = False,
+    flip_img_sequences_ratio: float = -1.0,
+    bimamba_type: str | None = "v2",
+    if_cls_token: bool = True,
+    if_divide_out: bool = True,
+    init_layer_scale: float | None = None,
+    use_double_cls_token: bool = False,
+    use_middle_cls_token: bool = True,
+) -> dict[str, Any]:
+    """Translate the published constructor's arguments, with their published defaults, into those of ``VisionMamba``.
+
+    ``fused_add_norm`` and ``residual_in_fp32`` change nothing: how the norm is computed is no part of the model, and
+    the residual is always float32 or wider.
+
+    Raises:
+        ValueError: for values that the published code does not know, and where ``VisionMamba`` refuses them.
+    """
+    poolings = {"none": "last", "mean": "avg", "max": "max", "all": ""}
+    if final_pool_type not in poolings:
+        raise ValueError(f"final_pool_type={final_pool_type!r}: use one of {', '.join(map(repr, poolings))}")
+    if bimamba_type not in ("v1", "v2", "none", None):
+        raise ValueError(f"bimamba_type={bimamba_type!r}: use 'v2', 'v1' or 'none'")
+    if if_bidirectional and bimamba_type in ("v1", "v2"):
+        raise ValueError("if_bidirectional=True pairs one-way layers: it needs bimamba_type='none'")
+    class_token: ClassToken = "none"
+    if if_cls_token:
+        class_token = "double" if use_double_cls_token else "middle" if use_middle_cls_token else "first"
+    one_way: Directions = "paired" if if_bidirectional else "one-way"
+    return {
+        "img_size": img_size,
+        "patch_size": patch_size,
+        "stride": stride,
+        "in_chans": channels,
+        "num_classes": num_classes,
+        "global_pool": "token" if if_cls_token else poolings[final_pool_type],
+        "dim": embed_dim,
+        "depth": depth,
+        "d_state": d_state,
+        "class_token": class_token,
+        "directions": "v1" if bimamba_type == "v1" else "v2" if bimamba_type == "v2" else one_way,
+        "halve_output": if_divide_out,
+        "layer_scale": init_layer_scale,
+        "norm": "rms" if rms_norm else "layer",
+        "norm_eps": norm_epsilon,
+        "pos_embed": if_abs_pos_embed,
+        "rotary": False if not if_rope else "both" if if_rope_residual else "hidden",
+        "rotary_reference": pt_hw_seq_len,
+        "flip_probability": max(0.0, flip_img_sequences_ratio),
+        "drop_rate": drop_rate,
+        "drop_path_rate": drop_path_rate,
+    }
+
+
+def _cfg(hub: str, **changes: Any) -> dict[str, Any]:
+    # The paper does not name the files; each repository also holds those of the stride-8 model.
+    paper = {"paper_ids": "arXiv:2401.09417", "paper_name": "Vision Mamba"}
+    return classifier_cfg(hf_hub_id=f"hustvl/{hub}", crop_pct=0.875, **paper, **changes)
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "vim_tiny_patch16_224.in1k": _cfg("Vim-tiny-midclstok"),
+        "vim_tiny_patch16_stride8_224.in1k": _cfg("Vim-tiny-midclstok"),
+        "vim_small_patch16_224.in1k": _cfg("Vim-small-midclstok"),
+        "vim_small_patch16_stride8_224.in1k": _cfg("Vim-small-midclstok"),
+        "vim_base_patch16_224.in1k": _cfg("Vim-base-midclstok"),
+    }
+)
+
+PUBLISHED = {
+    "vim_tiny_patch16_224.in1k": Published(76.1),
+    "vim_tiny_patch16_stride8_224.in1k": Published(78.3),
+    "vim_small_patch16_224.in1k": Published(80.5),
+    "vim_small_patch16_stride8_224.in1k": Published(81.6),
+    "vim_base_patch16_224.in1k": Published(81.9),
+}
+
+# The published functions.
+_SUFFIX = "bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
+ALIASES = {
+    f"vim_tiny_patch16_224_{_SUFFIX}": "vim_tiny_patch16_224.in1k",
+    f"vim_tiny_patch16_stride8_224_{_SUFFIX}": "vim_tiny_patch16_stride8_224.in1k",
+    f"vim_small_patch16_224_{_SUFFIX}": "vim_small_patch16_224.in1k",
+    f"vim_small_patch16_stride8_224_{_SUFFIX}": "vim_small_patch16_stride8_224.in1k",
+    "vim_base_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_middle_cls_token_div2": (
+        "vim_base_patch16_224.in1k"
+    ),
+}
+
+
+# What these functions pass to the published constructor, beside the options that all released models share.
+FUNCTION_ARGUMENTS = {
+    alias: {
+        "embed_dim": {"tiny": 192, "small": 384, "base": 768}[name.split("_")[1]],
+        "stride": 8 if "stride8" in name else 16,
+        "final_pool_type": "mean",
+    }
+    for alias, name in ALIASES.items()
+}
+
+
+def _build(variant: str, pretrained: bool, overrides: dict[str, Any], **defaults: Any) -> nn.Module:
+    depth = overrides.get("depth", 24)
+    return build(
+        VisionMamba,
+        variant,
+        pretrained,
+        defaults=defaults,
+        overrides=overrides,
+        filter_fn=checkpoint_filter_fn,
+        # A quarter, a half, three quarters and all of the depth.
+        out_indices=tuple(sorted({max(depth * quarter // 4, 1) - 1 for quarter in (1, 2, 3, 4)})),
+    )
+
+
+@register_model
+def vim_tiny_patch16_224(pretrained: bool = False, **overrides: Any) -> nn.Module:
+    """Vim-Ti: 7.1 M parameters."""
+    return _build("vim_tiny_patch16_224", pretrained, overrides, dim=192)
+
+
+@register_model
+def vim_tiny_patch16_stride8_224(pretrained: bool = False, **overrides: Any) -> nn.Module:
+    """Vim-Ti fine-tuned on 729 overlapping patches."""
+    return _build("vim_tiny_patch16_stride8_224", pretrained, overrides, dim=192, stride=8)
+
+
+@register_model
+def vim_small_patch16_224(pretrained: bool = False, **overrides: Any) -> nn.Module:
+    """Vim-S: 25.8 M parameters."""
+    return _build("vim_small_patch16_224", pretrained, overrides, dim=384)
+
+
+@register_model
+def vim_small_patch16_stride8_224(pretrained: bool = False, **overrides: Any) -> nn.Module:
+    """Vim-S fine-tuned on 729 overlapping patches."""
+    return _build("vim_small_patch16_stride8_224", pretrained, overrides, dim=384, stride=8)
+
+
+@register_model
+def vim_base_patch16_224(pretrained: bool = False, **overrides: Any) -> nn.Module:
+    """Vim-B: 98 M parameters."""
+    return _build("vim_base_patch16_224", pretrained, overrides, dim=768)
