@@ -5,7 +5,8 @@ Accuracies are those of the paper (arXiv 2406.04303) and its checkpoints, ImageN
 
 import logging
 import re
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -255,84 +256,44 @@ def vil_base_patch16_stride8_224(pretrained: bool = False, **overrides: Any) -> 
     return _build(VisionLSTM, "vil_base_patch16_stride8_224", pretrained, overrides, dim=768, stride=8)
 
 
-def vision_lstm2(
-    dim: int = 192,
-    input_shape: tuple[int, int, int] = (3, 224, 224),
-    *,
-    patch_size: int | tuple[int, int] = 16,
-    depth: int = 12,
-    output_shape: tuple[int, ...] | None = (1000,),
-    mode: str = "classifier",
-    pooling: str | None = "bilateral_flatten",
-    drop_path_rate: float = 0.0,
-    drop_path_decay: bool = False,
-    stride: int | tuple[int, int] | None = None,
-    legacy_norm: bool = False,
-    conv_kind: Literal["2d", "causal1d"] = "2d",
-    conv_kernel_size: int = 3,
-    proj_bias: bool = True,
-    norm_bias: bool = True,
-    init_weights: Literal["original", "original-fixed"] = "original",
-) -> VisionLSTM2:
-    """Build a VisionLSTM2 from the published constructor arguments: ``mode`` is "classifier" or "features"."""
-    return VisionLSTM2(
-        input_shape[1:],
-        patch_size,
-        stride=stride,
-        in_chans=input_shape[0],
-        num_classes=_classes(mode, output_shape, ("classifier", "features")),
-        global_pool=pooling,
-        dim=dim,
-        depth=depth,
-        legacy_norm=legacy_norm,
-        conv_kind=conv_kind,
-        conv_kernel_size=conv_kernel_size,
-        proj_bias=proj_bias,
-        norm_bias=norm_bias,
-        init_weights=init_weights,
-        drop_path_rate=drop_path_rate,
-        drop_path_decay=drop_path_decay,
-    )
+def vision_lstm2(**arguments: Any) -> VisionLSTM2:
+    """Build a VisionLSTM2 from the published constructor arguments and their defaults; no others are taken."""
+    return VisionLSTM2(**from_published_arguments(VisionLSTM2, arguments))
 
 
-def vision_lstm(
-    dim: int = 192,
-    input_shape: tuple[int, int, int] = (3, 224, 224),
-    *,
-    patch_size: int | tuple[int, int] = 16,
-    depth: int = 24,
-    output_shape: tuple[int, ...] | None = (1000,),
-    mode: str | None = "classifier",
-    pooling: str | None = "bilateral_avg",
-    drop_path_rate: float = 0.0,
-    stride: int | tuple[int, int] | None = None,
-    alternation: str = "bidirectional",
-    drop_path_decay: bool = False,
-    legacy_norm: bool = False,
-) -> VisionLSTM:
-    """Build a VisionLSTM from the published constructor arguments: ``mode`` is "classifier" or None for features."""
+def vision_lstm(**arguments: Any) -> VisionLSTM:
+    """Build a VisionLSTM from the published constructor arguments and their defaults; no others are taken."""
+    return VisionLSTM(**from_published_arguments(VisionLSTM, arguments))
+
+
+def from_published_arguments(
+    model_class: type[VisionLSTM2 | VisionLSTM], arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Translate published constructor arguments into those of the class.
+
+    ``input_shape`` (C, H, W) becomes in_chans and img_size, ``output_shape`` (classes,) num_classes and ``pooling``
+    global_pool; ``mode`` is "classifier", or "features" or None for no classifier. The other names are shared.
+
+    Raises:
+        ValueError: for values that the published models do not know.
+    """
+    own = dict(arguments)
+    if "input_shape" in own:
+        own["in_chans"], *own["img_size"] = own.pop("input_shape")
+    if "pooling" in own:
+        own["global_pool"] = own.pop("pooling")
+    alternation = own.pop("alternation", "bidirectional")
     if alternation != "bidirectional":
         raise ValueError(f"alternation={alternation!r}: layers alternate as 'bidirectional' only")
-    return VisionLSTM(
-        input_shape[1:],
-        patch_size,
-        stride=stride,
-        in_chans=input_shape[0],
-        num_classes=_classes(mode, output_shape, ("classifier", None)),
-        global_pool=pooling,
-        dim=dim,
-        depth=depth,
-        legacy_norm=legacy_norm,
-        drop_path_rate=drop_path_rate,
-        drop_path_decay=drop_path_decay,
-    )
-
-
-def _classes(mode: str | None, output_shape: tuple[int, ...] | None, modes: tuple[str | None, ...]) -> int:
-    if mode not in modes:
-        raise ValueError(f"mode={mode!r}: use {' or '.join(map(repr, modes))}")
+    mode, output_shape = own.pop("mode", "classifier"), own.pop("output_shape", (1000,))
+    if mode not in ("classifier", "features", None):
+        raise ValueError(f"mode={mode!r}: use 'classifier', or 'features' or None for no classifier")
     if mode != "classifier":
-        return 0
-    if output_shape is None or len(output_shape) != 1:
+        own["num_classes"] = 0
+        if model_class is VisionLSTM2:
+            own["legacy_norm"] = False  # in the second generation a part of the classifier
+    elif output_shape is None or len(output_shape) != 1:
         raise ValueError(f"output_shape={output_shape!r}: a classifier needs (number of classes,)")
-    return output_shape[0]
+    else:
+        own["num_classes"] = output_shape[0]
+    return own

@@ -1,0 +1,74 @@
+"""Enhanced linear attention, L2ViT's global token mixer: linear in the number of tokens.
+
+Paper: "The Linear Attention Resurrection in Vision Transformer" (L2ViT). Per head, with the rectified queries and keys
+q'_t = ReLU(q_t) and k'_t = ReLU(k_t):
+
+    h_t = T (sum_s k'_s v_s^T)^T q'_t / max(q'_t . sum_s k'_s, 100)
+
+The matrix sum_s k'_s v_s^T is (D, D) whatever the number of tokens S is, so time is O(S D^2) and nothing is S x S.
+"""
+
+import torch
+from torch import Tensor
+
+MIN_DENOMINATOR = 100.0
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
+    """Mix the tokens of a sequence by rectified linear attention (equation above), every token with every token.
+
+    Sums over tokens are float32 whatever the inputs are (float64 for float64 inputs), autocast included: those of a
+    large image leave the range of float16. It is differentiable in all four arguments.
+
+    Args:
+        q, k, v: queries, keys and values, (B, S, H, D), of one floating-point type; views such as the three parts of
+            a fused projection are fine.
+        temperature: scale T of each head, (H, 1, 1).
+
+    Returns:
+        h (B, S, H, D) in q's type.
+
+    Raises:
+        ValueError: where shapes, types or devices disagree, or a sequence is empty.
+    """
+    _check(q, k, v, temperature)
+    device = q.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return _linear_attention(q, k, v, temperature)
+    return _linear_attention(q, k, v, temperature)
+
+
+def _linear_attention(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    q_t, k_t = (_heads_first(x, dtype).relu_() for x in (q, k))
+    memory = temperature.to(dtype) * (k_t.mT @ v.transpose(1, 2).to(dtype))
+    # The denominators ride along as one more column of the product: queries are read once.
+    sums = q_t @ torch.cat([memory, k_t.sum(2).unsqueeze(-1)], dim=-1)
+    h = sums[..., :-1] / sums[..., -1:].clamp(min=MIN_DENOMINATOR)
+    return h.to(q.dtype).transpose(1, 2)
+
+
+def _heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Copy (B, S, H, D) to a dense (B, H, S, D), the layout of batched products, which owns its memory."""
+    return x.transpose(1, 2).to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> None:
+    if q.ndim != 4 or k.shape != q.shape or v.shape != q.shape or 0 in q.shape:
+        raise ValueError(
+            "linear_attention needs q, k and v of one shape (B, S, H, D) without empty axes but got "
+            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    heads = q.shape[2]
+    if temperature.shape != (heads, 1, 1):
+        raise ValueError(
+            f"linear_attention needs temperature ({heads}, 1, 1), one scale a head, but got {tuple(temperature.shape)}"
+        )
+    if not q.is_floating_point() or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(
+            f"linear_attention needs q, k and v of one floating-point type but got {q.dtype}, {k.dtype} and {v.dtype}"
+        )
+    if len({x.device for x in (q, k, v, temperature)}) > 1:
+        devices = ", ".join(str(x.device) for x in (q, k, v, temperature))
+        raise ValueError(f"linear_attention needs q, k, v and temperature on one device but got {devices}")
