@@ -105,10 +105,12 @@ def create_model(
     _load(model, state_dict, path.name, drop_head=fresh_head)
     if not feature_options.get("features_only"):
         return model
-    # timm prunes what the chosen maps do not need, so the wrapper's keys are a part of the whole model's.
+    # timm prunes what the chosen maps do not need, so the wrapper's keys are a part of the whole model's; only norms
+    # that dense tasks add to the maps are its own.
     features = timm.create_model(name, **overrides, **feature_options)
     loaded = model.state_dict()
-    features.load_state_dict({key: loaded[key.removeprefix("model.")] for key in features.state_dict()})
+    own = features.state_dict()
+    features.load_state_dict({key: loaded.get(key.removeprefix("model."), own[key]) for key in own})
     return features
 
 
