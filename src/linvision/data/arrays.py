@@ -81,7 +81,7 @@ def digits(root: Path) -> ArrayData:
         test=(images[test], labels[test]),
         mean=(0.306,) * 3,
         std=(0.368,) * 3,
-        augmentation=Augment(rotate=10, shift=0.08, scale=0.1, shear=8),
+        augmentation=Augment(rotate=15, shift=0.1, scale=0.15, shear=10),
     )
 
 

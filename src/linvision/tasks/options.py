@@ -32,9 +32,9 @@ class Recipe:
 SMALL = "vil2_mini_patch4_32"
 
 RECIPES = {
-    "digits": Recipe(SMALL, img_size=32, epochs=30, batch_size=64, lr=1.5e-3, warmup_epochs=3),
-    "mnist": Recipe(SMALL, img_size=32, epochs=20, batch_size=256, lr=2e-3, warmup_epochs=2),
-    "fashion-mnist": Recipe(SMALL, img_size=32, epochs=20, batch_size=256, lr=2e-3, warmup_epochs=2),
+    "digits": Recipe(SMALL, img_size=32, epochs=15, batch_size=64, lr=2e-3, warmup_epochs=2, drop_path=0.1),
+    "mnist": Recipe(SMALL, img_size=32, epochs=10, batch_size=128, lr=2e-3, warmup_epochs=1),
+    "fashion-mnist": Recipe(SMALL, img_size=32, epochs=10, batch_size=128, lr=2e-3, warmup_epochs=1),
     "cifar10": Recipe(SMALL, img_size=32, epochs=100, batch_size=256, lr=2e-3, mixup=0.2, cutmix=0.5),
     "cifar100": Recipe(SMALL, img_size=32, epochs=100, batch_size=256, lr=2e-3, mixup=0.2, cutmix=0.5),
 }
