@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from timm.models import get_pretrained_cfg
 
 import linvision
 from linvision.models import load_checkpoint
@@ -45,7 +44,7 @@ def test_golden(model, dtype):
 
 def test_release_file_and_back(model):
     case = goldens.load_model_case(NAME, torch.float32)
-    model.pretrained_cfg = get_pretrained_cfg("deit3_tiny_patch16_224").to_dict()
+    model.pretrained_cfg = {"architecture": "deit3_tiny_patch16_224"}
     load_checkpoint(model, goldens.FOLDER / f"{NAME}_release.th")
     assert goldens.relative_error(model(case.input), case.output) <= goldens.OUTPUT_BOUND[torch.float32]
     released = torch.load(goldens.FOLDER / f"{NAME}_release.th", weights_only=True)["state_dict"]
@@ -77,6 +76,20 @@ def test_a_table_of_another_grid_is_resized_on_loading(model):
     assert larger.pos_embed.shape == (1, 64, 48)
 
 
+@pytest.mark.parametrize("size", [(32, 64), (64, 16)])
+def test_a_changed_input_size_keeps_the_table_fixed_and_convertible(model, size):
+    images = torch.randn(1, 3, *size)
+    before = model(images)
+    model.set_input_size(size)
+    assert not model.pos_embed.requires_grad
+    torch.testing.assert_close(model(images), before)
+    released = to_release(model.state_dict())["state_dict"]
+    assert released["pos_embed.embed"].shape == (1, size[0] // 8, size[1] // 8, 48)
+    again = DeiT3(size, 8, embed_dim=48, depth=2, num_heads=3, num_classes=10).eval()
+    again.load_state_dict(checkpoint_filter_fn(released, again), strict=True)
+    assert torch.equal(again(images), model(images))
+
+
 def test_bad_input_is_named(model):
     with pytest.raises(ValueError, match="height 30 is not a multiple of the patch size 8"):
         model(torch.randn(1, 3, 30, 32))
@@ -84,8 +97,10 @@ def test_bad_input_is_named(model):
         model(torch.randn(1, 1, 32, 32))
     with pytest.raises(ValueError, match="embed_dim=50"):
         DeiT3(32, 8, embed_dim=50)
-    with pytest.raises(ValueError, match="square position tables"):
-        to_release(DeiT3((32, 64), 8, embed_dim=48, depth=1).state_dict())
+    with pytest.raises(ValueError, match="neither a square grid"):
+        to_release({"pos_embed": torch.randn(1, 6, 8)})
+    with pytest.raises(ValueError, match="width 30 is not a multiple"):
+        model.set_input_size((32, 30))
 
 
 def test_parameters_of_the_published_size():

@@ -1,11 +1,13 @@
 """L2ViT: golden cases, gradients at batch size 1, windows, maps of dense tasks, checkpoints, bad input."""
 
+import copy
+
 import pytest
 import timm
 import torch
 
 import linvision
-from linvision.models import CheckpointError
+from linvision.models import CheckpointError, _l2vit_layers
 from linvision.models.l2vit import L2ViT
 from linvision.models.l2vit_variants import checkpoint_filter_fn, to_release
 from tests import goldens
@@ -94,6 +96,113 @@ def test_maps_of_dense_tasks_have_their_own_norms():
         torch.testing.assert_close(x.mean(1), torch.zeros_like(x[:, 0]), rtol=0, atol=1e-4)
         torch.testing.assert_close(x.var(1, unbiased=False), torch.ones_like(x[:, 0]), rtol=0, atol=0.1)
     assert not any(key.startswith("norm0") for key in timm.create_model("l2vit_tiny").state_dict())
+
+
+def test_maps_of_a_pruned_model():
+    torch.manual_seed(0)
+    model = L2ViT(**SMALL, feature_norms=True).eval()
+    torch.nn.init.normal_(model.norm1.weight)
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        plain = model.forward_intermediates(images, indices=[1], intermediates_only=True)[0]
+        normed = model.forward_intermediates(images, indices=[1], norm=True, intermediates_only=True)[0]
+        torch.testing.assert_close(normed.permute(0, 2, 3, 1), model.norm1(plain.permute(0, 2, 3, 1)))
+        assert model.prune_intermediate_layers([1]) == [1]
+    pruned = model.forward_intermediates(images, indices=[1], norm=True, intermediates_only=True)[0]
+    torch.testing.assert_close(pruned, normed)
+    pruned.square().sum().backward()
+    # What is left is used: unused parameters stop distributed training.
+    assert [key for key, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_a_classifiers_last_map_has_its_norm():
+    torch.manual_seed(0)
+    model = L2ViT(**SMALL).eval()
+    images = torch.randn(1, 3, 64, 64)
+    features, maps = model.forward_intermediates(images, norm=True)
+    torch.testing.assert_close(maps[-1], features.permute(0, 3, 1, 2))
+    torch.testing.assert_close(maps[:-1], model.forward_intermediates(images)[1][:-1])
+
+
+def test_inference_in_parts_is_inference_at_once(monkeypatch):
+    torch.manual_seed(0)
+    model = L2ViT(**SMALL).eval()
+    images = torch.randn(2, 3, 67, 90)
+    expected = model(images).detach()
+    for values in (1, 5000, 2**30):
+        monkeypatch.setattr(_l2vit_layers, "PART_VALUES", values)
+        with torch.inference_mode():
+            torch.testing.assert_close(model(images), expected)
+
+
+def test_autocast_computes_the_same_with_and_without_gradients():
+    torch.manual_seed(0)
+    model = L2ViT(**SMALL).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        recorded = model(images)
+        with torch.no_grad():
+            assert torch.equal(model(images), recorded)
+    assert recorded.dtype == torch.bfloat16
+    torch.testing.assert_close(recorded.float(), model(images), rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_training_step(checkpointing):
+    torch.manual_seed(0)
+    model = L2ViT((2,), (8,), num_heads=(2,), window_size=3, num_classes=3).train()
+    expected = copy.deepcopy(model)
+    model.set_grad_checkpointing(checkpointing)
+    images = torch.randn(2, 3, 24, 28)
+    torch.compile(model, fullgraph=True, backend="aot_eager")(images).square().sum().backward()
+    expected(images).square().sum().backward()
+    for (key, ours), theirs in zip(model.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6, msg=key)
+    for (key, ours), theirs in zip(model.named_buffers(), expected.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=key)
+
+
+def test_export_with_any_batch_size():
+    torch.manual_seed(0)
+    model = L2ViT(**SMALL).eval()
+    with torch.no_grad():
+        images = torch.randn(2, 3, 67, 90)
+        program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        images = torch.randn(3, 3, 67, 90)
+        torch.testing.assert_close(program.module()(images), model(images))
+
+
+def test_layer_groups_follow_the_depth():
+    with torch.device("meta"):
+        groups = timm.models.group_parameters(L2ViT(**SMALL, feature_norms=True), L2ViT(**SMALL).group_matcher())
+    depth = {key: number for number, keys in groups.items() for key in keys}
+    order = [
+        "downsample_layers.0.norm.weight",
+        "stages.0.0.norm1.weight",
+        "stages.0.1.local_mp.bn.weight",
+        "stages.1.0.norm1.weight",
+        "stages.3.0.norm1.weight",
+        "head.weight",
+    ]
+    numbers = [depth[key] for key in order]
+    assert numbers == sorted(set(numbers))
+    assert depth["downsample_layers.1.proj.weight"] == depth["stages.1.0.norm1.weight"]
+    assert depth["norm0.weight"] == depth["norm.weight"] == depth["stages.3.0.norm1.weight"]
+
+
+def test_image_size_is_told_to_what_feeds_the_model():
+    with torch.device("meta"):
+        assert timm.create_model("l2vit_tiny", img_size=(160, 96), in_chans=1).default_cfg["input_size"] == (1, 160, 96)
+        assert timm.create_model("l2vit_base_384").window_size == 12
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "billions"), [("l2vit_tiny", 28.60, 4.7), ("l2vit_base_384", 88.58, 47.5)]
+)
+def test_published_size_and_cost(name, millions, billions):
+    described = linvision.models.describe(name)
+    assert described.parameters == pytest.approx(millions * 1e6, rel=1e-3)
+    assert described.macs == pytest.approx(billions * 1e9, rel=0.02)
 
 
 def test_a_classifiers_checkpoint_loads_for_dense_tasks(tmp_path):

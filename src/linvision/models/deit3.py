@@ -106,6 +106,16 @@ class DeiT3(VisionTransformer):
         self.pos_embed = nn.Parameter(sine_cosine_table(embed_dim, grid).flatten(1, 2), requires_grad=False)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim).normal_(std=0.02))
 
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Resize the position table, or the patches, for good; the table stays fixed. timm's method, with checks."""
+        patch = pair(patch_size or self.patch_embed.proj.kernel_size)
+        size = pair(img_size or self.patch_embed.img_size)
+        patch_grid(size, patch, patch)
+        super().set_input_size(img_size=size, patch_size=patch)
+        self.pos_embed.requires_grad_(False)
+
     def no_weight_decay(self) -> set[str]:
         """Name the parameters without weight decay (beside the one-dimensional ones)."""
         return {"pos_embed", "cls_token"}
@@ -126,14 +136,23 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateD
 
 
 def to_release(state_dict: dict[str, Tensor]) -> dict[str, Any]:
-    """Turn timm's keys into the layout of the released files, under "state_dict"; for square images."""
+    """Turn timm's keys into the layout of the released files, under "state_dict"."""
     table = state_dict["pos_embed"]
-    side = math.isqrt(table.shape[1])
-    if side * side != table.shape[1]:
-        raise ValueError(
-            f"the released layout holds square position tables but this one has {table.shape[1]} positions"
-        )
-    return {"state_dict": rename({**state_dict, "pos_embed": table.unflatten(1, (side, side))}, TIMM_KEYS)}
+    grid = (-1, _columns(table))
+    return {"state_dict": rename({**state_dict, "pos_embed": table.unflatten(1, grid)}, TIMM_KEYS)}
+
+
+def _columns(table: Tensor) -> int:
+    """Count the columns of a flat position table (1, rows * columns, D): the tokens of a row share the row's half."""
+    num_positions, dim = table.shape[1:]
+    rows = table[0, :, : dim // 2].float()
+    columns = int(torch.isclose(rows, rows[:1], atol=1e-2).all(dim=1).long().cumprod(0).sum())
+    if columns > 1 and num_positions % columns == 0:
+        return columns
+    side = math.isqrt(num_positions)
+    if side * side != num_positions:
+        raise ValueError(f"pos_embed {tuple(table.shape)}: neither a square grid nor sines and cosines of one")
+    return side
 
 
 def _cfg(file: str) -> dict[str, Any]:

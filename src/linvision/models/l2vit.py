@@ -219,6 +219,8 @@ class L2ViT(Backbone):
     def _run(self, block: nn.Module, x: Tensor) -> Tensor:
         if not (self.grad_checkpointing and self.training and torch.is_grad_enabled()):
             return block(x)
+        if torch.compiler.is_compiling():  # a compiled graph counts the statistics once by itself
+            return checkpoint(block, x, use_reentrant=False)
         return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_kept(block)))
 
 

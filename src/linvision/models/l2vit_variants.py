@@ -91,7 +91,7 @@ def _build(variant: str, pretrained: bool, overrides: dict[str, Any], **defaults
     size = overrides.pop("img_size", None)
     if size is not None:  # the model takes any size; what feeds it must know
         overlay = {"input_size": (overrides.get("in_chans", 3), *pair(size))}
-        overrides["pretrained_cfg_overlay"] = {**overrides.get("pretrained_cfg_overlay", {}), **overlay}
+        overrides["pretrained_cfg_overlay"] = {**(overrides.get("pretrained_cfg_overlay") or {}), **overlay}
     dense = {"feature_norms": True, "feature_cls": NormedFeatures} if overrides.get("features_only") else {}
     return build(
         L2ViT,
