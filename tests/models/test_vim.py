@@ -200,7 +200,7 @@ def test_experiments_move_tokens_in_training_and_bring_them_back(experiment):
     model = small(**experiment)
     images = torch.randn(2, 3, 32, 64)
     plain = model.eval().forward_features(images)
-    torch.testing.assert_close(small(**{"class_token": "middle"} | {}).eval()(images), model(images))
+    torch.testing.assert_close(small().eval().forward_features(images), plain)
     seen = [model.train().forward_features(images) for _ in range(8)]
     assert any((x - plain).abs().max() > 1e-3 for x in seen)
     # Without layers nothing but the order could change the tokens, and nothing does.
@@ -292,13 +292,13 @@ def test_half_precision_stays_near_float32(dtype):
 
 def test_training_in_bfloat16_learns_and_stays_finite():
     images, labels = load_digits(return_X_y=True)
-    images = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8)[:256] / 8 - 1
-    labels = torch.tensor(labels)[:256]
-    model = small(img_size=8, patch_size=2, in_chans=1, dim=32, depth=4, num_classes=10, drop_path_rate=0.1)
+    images = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8)[:128] / 8 - 1
+    labels = torch.tensor(labels)[:128]
+    model = small(img_size=8, patch_size=2, in_chans=1, dim=32, num_classes=10, drop_path_rate=0.1)
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for step in range(24):
-        batch = slice(64 * (step % 4), 64 * (step % 4) + 64)
+        batch = slice(32 * (step % 4), 32 * (step % 4) + 32)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = nn.functional.cross_entropy(model(images[batch]), labels[batch])
         optimiser.zero_grad()

@@ -204,13 +204,16 @@ class RotaryEmbedding(nn.Module):
         return torch.cat([first, patches * cos + rotated * sin], dim=1)
 
     def _tables(self, grid: tuple[int, int], like: Tensor | None) -> tuple[Tensor, Tensor]:
-        device, dtype = (None, None) if like is None else (like.device, like.dtype)
+        """Compute the tables (rows * columns, dim) in float64 on the CPU, for the device and type of a tensor."""
         half = self.dim // 2
-        frequencies = 10000 ** (-torch.arange(0, half, 2, device=device, dtype=torch.float64) / half)
+        exponents = torch.arange(0, half, 2, device="cpu", dtype=torch.float64) / half
+        frequencies = (10000**-exponents).repeat_interleave(2)
         rows, columns = (
-            (torch.arange(side, device=device) / side * self.reference)[:, None] * frequencies.repeat_interleave(2)
+            (torch.arange(side, device="cpu", dtype=torch.float64) / side * self.reference)[:, None] * frequencies
             for side in grid
         )
-        angles = torch.cat([rows[:, None].expand(*grid, half), columns[None].expand(*grid, half)], dim=-1).flatten(0, 1)
-        dtype = dtype or torch.get_default_dtype()
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        angles = torch.cat([rows[:, None].expand(*grid, half), columns[None].expand(*grid, half)], dim=-1)
+        device = torch.get_default_device() if like is None else like.device
+        dtype = torch.get_default_dtype() if like is None else like.dtype
+        cos, sin = (table.flatten(0, 1).to(device, dtype) for table in (angles.cos(), angles.sin()))
+        return cos, sin
