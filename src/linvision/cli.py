@@ -78,6 +78,13 @@ COMMANDS = {
         "linvision convert vil2_tiny16_e800_in1k.th vil2_tiny.safetensors\n"
         "  linvision convert vil2_tiny.safetensors vil2_tiny.th --model vil2-tiny",
     ),
+    "bench": Command(
+        "linvision.bench:BenchOptions",
+        "linvision.bench:bench",
+        "measure time and memory beside DeiT",
+        "linvision bench --models vil2-tiny,vim_tiny_patch16_224 --sizes 224,512,1248 --out bench\n"
+        "  linvision bench --op mlstm --modes inference,training",
+    ),
 }
 
 
