@@ -1,0 +1,98 @@
+"""Which body of an op runs: Triton kernels on a GPU, C++ kernels on a CPU, or plain PyTorch anywhere.
+
+All bodies of an op compute one function, so that the choice is one of speed alone. ``auto`` takes the fastest that can
+run; where it has to pass one over that is made for the device, it says so once. ``use_backend`` forces one.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Generic, Protocol, TypeVar
+
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "cpp", "plain")
+
+_logger = logging.getLogger("linvision")
+_chosen = "auto"  # a module global, not a ContextVar: torch.compile cannot trace those
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run; the message says why."""
+
+
+class Body(Protocol):
+    """An op's computation in one backend: a module with these names beside its own functions.
+
+    Attributes:
+        DEVICE: the type of device that it is made for; None for any.
+    """
+
+    DEVICE: str | None
+
+    def refuses(self, *tensors: Tensor | None) -> str | None:
+        """Say why these inputs cannot be computed, or return None if they can."""
+        ...
+
+
+AnyBody = TypeVar("AnyBody", bound=Body)
+
+
+class Dispatcher(Generic[AnyBody]):
+    """Chooses between the bodies of one op, listed by backend, the fastest first."""
+
+    def __init__(self, op: str, bodies: dict[str, AnyBody]) -> None:
+        self.op = op
+        self.bodies = bodies
+        self.told: set[str] = set()
+
+    def choose(self, *tensors: Tensor | None) -> AnyBody:
+        """Return the body that is to compute these inputs.
+
+        Raises:
+            BackendError: a backend was forced that cannot.
+        """
+        if _chosen != "auto":
+            return self._forced(_chosen, *tensors)
+        device = next(x.device.type for x in tensors if x is not None)
+        for name, body in self.bodies.items():
+            if body.DEVICE not in (None, device):
+                continue
+            reason = body.refuses(*tensors)
+            if reason is None:
+                return body
+            self._tell(f"{self.op}: {name} kernels cannot run ({reason}); a slower backend computes the same")
+        raise BackendError(f"{self.op}: no backend can compute this on {device}")
+
+    def _forced(self, name: str, *tensors: Tensor | None) -> AnyBody:
+        if name not in self.bodies:
+            raise BackendError(f"{self.op} has no backend {name!r}, only {', '.join(self.bodies)}; use 'auto'")
+        reason = self.bodies[name].refuses(*tensors)
+        if reason is not None:
+            raise BackendError(f"{self.op}: backend {name!r} cannot run: {reason}; use 'auto' for one that can")
+        return self.bodies[name]
+
+    def _tell(self, message: str) -> None:
+        if message not in self.told:
+            self.told.add(message)
+            _logger.warning(message)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Let ops run in one backend, in this process, for as long as the context lasts.
+
+    Args:
+        name: "auto" (the fastest that can run), "triton", "cpp" or "plain".
+
+    Raises:
+        ValueError: for another name. An op that the backend cannot compute raises BackendError when it is called.
+    """
+    global _chosen
+    if name not in BACKENDS:
+        raise ValueError(f"backend {name!r} does not exist: use {', '.join(BACKENDS)}")
+    before, _chosen = _chosen, name
+    try:
+        yield
+    finally:
+        _chosen = before

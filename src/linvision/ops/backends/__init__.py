@@ -1,0 +1,1 @@
+"""Faster bodies of the ops: one folder a backend."""

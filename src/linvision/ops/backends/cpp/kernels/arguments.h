@@ -1,0 +1,39 @@
+// What Python hands to the kernels: plain structures, the same for every instruction set (ctypes mirrors them).
+//
+// Strides count elements. A pointer to what was not given is null.
+
+#pragma once
+
+#include <cstdint>
+
+namespace linvision {
+
+enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1 };
+
+enum Status : int32_t { kDone = 0, kOutOfMemory = 1 };
+
+// Tokens (B, S, H, D) or gates (B, S, H): the last axis of tokens is contiguous.
+struct Strided {
+  void* data;
+  int64_t batch, token, head;
+};
+
+struct MlstmState {
+  float *C, *n, *m;  // C^T (B, H, D, D), n (B, H, D), m (B, H), contiguous
+};
+
+struct MlstmForward {
+  Strided q, k, v, i, f, h;  // gates are float32
+  MlstmState initial, final;
+  int64_t batch, tokens, heads, head_dim;
+  int32_t dtype, reverse, threads;
+};
+
+struct MlstmBackward {
+  Strided q, k, v, i, f, h, dh, dq, dk, dv, di, df;  // gates and their gradients are float32
+  MlstmState initial, d_final, d_initial;            // without m
+  int64_t batch, tokens, heads, head_dim;
+  int32_t dtype, reverse, threads;
+};
+
+}  // namespace linvision

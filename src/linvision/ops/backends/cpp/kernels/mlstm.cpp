@@ -1,0 +1,195 @@
+// Chunkwise mLSTM, forward. The mathematics stands in ops/_mlstm_chunkwise.py; here a chunk never leaves the caches.
+//
+// One piece of work is a head of a sequence, walked chunk by chunk with its state in cache. Where there are fewer heads
+// than threads, sequences are cut into segments: a first round computes what each segment adds to the state, the states
+// between them follow, and a second round walks all segments at once.
+//
+// A chunk is copied to float32 rows, padded with zeros to whole vectors and tiles, in the order of the scan: `reverse`
+// is nothing more than another order of these copies.
+
+#include "mlstm_chunk.h"
+
+namespace linvision {
+namespace LINVISION_ISA {
+namespace {
+
+constexpr int64_t kChunk = 32;
+
+struct Workspace {
+  int64_t width;
+  Scratch memory;
+  Matrix q, k, v, keys, scores, out, C;
+  float* n;
+
+  explicit Workspace(int64_t width)
+      : width(width), memory(5 * kChunk * width + kChunk * kChunk + width * width + width) {
+    float* next = memory.get();
+    const auto take = [&](int64_t rows, int64_t columns) {
+      const Matrix matrix = {next, columns};
+      next += rows * columns;
+      return matrix;
+    };
+    if (next == nullptr) return;
+    q = take(kChunk, width);
+    k = take(kChunk, width);
+    v = take(kChunk, width);
+    out = take(kChunk, width);
+    keys = take(width, kChunk);
+    scores = take(kChunk, kChunk);
+    C = take(width, width);
+    n = take(1, width).data;
+  }
+};
+
+// Adds the chunk's keys and values to the state, which moves to the scale of the chunk's last token.
+void add_to_state(const Workspace& w, const ChunkGates<kChunk>& gates) {
+  for (int64_t d = 0; d < w.width; ++d) {
+    for (int64_t s = 0; s < kChunk; s += kLanes) {
+      store(w.keys.row(d) + s, load(w.keys.row(d) + s) * load(gates.decay_out + s));
+    }
+  }
+  multiply(w.width, w.width, kChunk, w.keys, w.v, w.C, gates.carry);
+  scale_row(w.n, w.width, gates.carry);
+  for (int64_t s = 0; s < kChunk; ++s) add_scaled(w.n, w.k.row(s), w.width, gates.decay_out[s]);
+}
+
+// Computes the chunk's h into w.out, from the state before it.
+void compute_outputs(const Workspace& w, const ChunkGates<kChunk>& gates, int64_t count, bool has_state) {
+  multiply_to_diagonal(kChunk, w.width, w.q, w.keys, w.scores);
+  if (has_state) multiply(kChunk, w.width, w.width, w.q, w.C, w.out, 0.0f);
+  float norms[kChunk];
+  for (int64_t t = 0; t < kChunk; ++t) {
+    float* row = w.scores.row(t);
+    const Vec total = weigh_row(row, gates, t);
+    norms[t] = sum(total);
+    if (has_state) {
+      norms[t] += gates.decay_in[t] * dot(w.q.row(t), w.n, w.width);
+      scale_row(w.out.row(t), w.width, gates.decay_in[t]);
+    }
+  }
+  multiply_lower(kChunk, w.width, w.scores, w.v, w.out, has_state ? 1.0f : 0.0f);
+  for (int64_t t = 0; t < count; ++t) {
+    scale_row(w.out.row(t), w.width, 1.0f / denominator(norms[t], gates.floor[t]));
+  }
+}
+
+struct Segment {
+  int64_t batch, head, start, stop;
+};
+
+// Walks a segment from the state in the workspace. Without outputs only the state moves on.
+template <typename T>
+void walk(const MlstmForward& args, const Segment& segment, Workspace& w, GateSums& sums, bool has_state,
+          bool wants_outputs, bool wants_state) {
+  const float scale = key_scale(args.head_dim);
+  ChunkGates<kChunk> gates;
+  for (int64_t start = segment.start; start < segment.stop; start += kChunk) {
+    const Chunk chunk = {segment.batch, segment.head, start, smaller(kChunk, segment.stop - start), args.tokens,
+                         args.reverse != 0};
+    const bool feeds = wants_state || start + kChunk < segment.stop;
+    gates.prepare(args.i, args.f, chunk, sums);
+    gather<T>(args.k, chunk, args.head_dim, scale, w.k, kChunk, w.width);
+    gather<T>(args.v, chunk, args.head_dim, 1.0f, w.v, kChunk, w.width);
+    transpose(kChunk, w.width, w.k, w.keys);
+    if (wants_outputs) {
+      gather<T>(args.q, chunk, args.head_dim, 1.0f, w.q, kChunk, w.width);
+      compute_outputs(w, gates, chunk.count, has_state);
+      scatter<T>(args.h, chunk, args.head_dim, w.out);
+    }
+    if (feeds) add_to_state(w, gates);
+    has_state = true;
+  }
+}
+
+// Brings the state of a head from one segment to the next: state = state before and what the segment added.
+void append(float* C, float* n, GateSums& sums, const float* added_C, const float* added_n, const GateSums& added,
+            int64_t width) {
+  const double M_added = added.M - sums.F;
+  const double M = sums.M > M_added ? sums.M : M_added;
+  const float keep = exp_of(sums.M - M), add = exp_of(M_added - M);
+  for (int64_t j = 0; j < width * width; ++j) C[j] = keep * C[j] + add * added_C[j];
+  for (int64_t j = 0; j < width; ++j) n[j] = keep * n[j] + add * added_n[j];
+  sums = {sums.F + added.F, M};
+}
+
+template <typename T>
+int32_t forward(const MlstmForward& args) {
+  const int64_t width = round_up(args.head_dim, kLanes), heads = args.batch * args.heads;
+  const int64_t state_size = width * width + width;
+  const bool wants_final = args.final.C != nullptr;
+  int64_t num_segments = 1;
+  while (heads * num_segments < args.threads && args.tokens > 4 * kChunk * num_segments) ++num_segments;
+  const int64_t length = round_up((args.tokens + num_segments - 1) / num_segments, kChunk);
+  num_segments = (args.tokens + length - 1) / length;
+  const auto segment_of = [&](int64_t index) {
+    const int64_t head = index / num_segments, start = index % num_segments * length;
+    return Segment{head / args.heads, head % args.heads, start, smaller(start + length, args.tokens)};
+  };
+
+  // States before every segment: (heads, segments), and their sums over the gates.
+  const Scratch states(num_segments > 1 ? heads * num_segments * state_size : 0);
+  const Scratch sums_memory(num_segments > 1 ? heads * num_segments * 4 : 0);
+  if (states.get() == nullptr || sums_memory.get() == nullptr) return kOutOfMemory;
+  GateSums* all_sums = reinterpret_cast<GateSums*>(sums_memory.get());
+  int32_t status = kDone;
+
+  if (num_segments > 1) {
+    parallel_for(args.threads, heads * num_segments, [&](int64_t index) {
+      Workspace w(width);
+      if (w.memory.get() == nullptr) {
+        status = kOutOfMemory;
+        return;
+      }
+      GateSums sums;
+      memset(w.C.data, 0, state_size * sizeof(float));
+      walk<T>(args, segment_of(index), w, sums, false, false, true);
+      memcpy(states.get() + index * state_size, w.C.data, state_size * sizeof(float));
+      all_sums[index] = sums;
+    });
+    if (status != kDone) return status;
+    const Scratch carried(2 * state_size);
+    if (carried.get() == nullptr) return kOutOfMemory;
+    for (int64_t head = 0; head < heads; ++head) {
+      float *state = carried.get(), *added = carried.get() + state_size;
+      GateSums sums;
+      load_state(args.initial, head, args.head_dim, width, state, state + width * width, sums);
+      for (int64_t index = head * num_segments; index < (head + 1) * num_segments; ++index) {
+        float* slot = states.get() + index * state_size;
+        const GateSums added_sums = all_sums[index];
+        memcpy(added, slot, state_size * sizeof(float));
+        memcpy(slot, state, state_size * sizeof(float));
+        all_sums[index] = sums;
+        append(state, state + width * width, sums, added, added + width * width, added_sums, width);
+      }
+    }
+  }
+
+  parallel_for(args.threads, heads * num_segments, [&](int64_t index) {
+    Workspace w(width);
+    if (w.memory.get() == nullptr) {
+      status = kOutOfMemory;
+      return;
+    }
+    const int64_t head = index / num_segments, place = index % num_segments;
+    GateSums sums;
+    if (num_segments > 1) {
+      memcpy(w.C.data, states.get() + index * state_size, state_size * sizeof(float));
+      sums = all_sums[index];
+    } else {
+      load_state(args.initial, head, args.head_dim, width, w.C.data, w.n, sums);
+    }
+    const bool is_last = place == num_segments - 1, has_state = place > 0 || args.initial.C != nullptr;
+    walk<T>(args, segment_of(index), w, sums, has_state, true, is_last && wants_final);
+    if (is_last && wants_final) store_state(args.final, head, args.head_dim, width, w.C.data, w.n, sums);
+  });
+  return status;
+}
+
+}  // namespace
+
+int32_t mlstm_forward(const MlstmForward& args) {
+  return args.dtype == kBFloat16 ? forward<BFloat16>(args) : forward<float>(args);
+}
+
+}  // namespace LINVISION_ISA
+}  // namespace linvision

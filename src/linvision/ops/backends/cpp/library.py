@@ -1,0 +1,78 @@
+"""The compiled library: found beside this file, loaded at first use, called with structures that mirror arguments.h."""
+
+import ctypes
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import torch  # before the library: it brings the OpenMP runtime that both are to share
+from torch import Tensor
+
+LIBRARY = "liblinvision.so"
+LEVELS = ("baseline", "avx2", "avx512")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_OUT_OF_MEMORY = 1
+
+
+class Strided(ctypes.Structure):
+    """A tensor whose first axes are batch, token and, for some, head; strides count elements."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("token", ctypes.c_int64),
+        ("head", ctypes.c_int64),
+    ]
+
+    @classmethod
+    def of(cls, x: Tensor | None) -> "Strided":
+        """Describe a tensor, which must outlive the call."""
+        if x is None:
+            return cls(None, 0, 0, 0)
+        strides = x.stride()
+        return cls(x.data_ptr(), strides[0], strides[1], strides[2])
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """Load the compiled kernels; None where they were not compiled."""
+    try:
+        file = resources.files("linvision.ops.backends.cpp") / LIBRARY
+        with resources.as_file(file) as path:
+            return ctypes.CDLL(str(path))
+    except OSError:
+        return None
+
+
+def missing() -> str | None:
+    """Say why no kernel can run, or return None if they can."""
+    if library() is None:
+        return "not compiled: the package was installed without a C++ compiler; install it again where there is one"
+    return None
+
+
+def level() -> str:
+    """Name the instruction set that kernels use on this CPU."""
+    loaded = library()
+    return "none" if loaded is None else LEVELS[loaded.linvision_level()]
+
+
+def call(function: str, arguments: ctypes.Structure) -> None:
+    """Run a kernel.
+
+    Raises:
+        MemoryError: there was none left for a kernel's scratch.
+    """
+    loaded: Any = library()
+    if getattr(loaded, function)(ctypes.byref(arguments)) == _OUT_OF_MEMORY:
+        raise MemoryError(f"{function}: out of memory")
+
+
+def pointer(x: Tensor | None) -> int | None:
+    """Return the address of a tensor, which must outlive the call."""
+    return None if x is None else x.data_ptr()
+
+
+def with_unit_stride(x: Tensor) -> Tensor:
+    """Return a tensor whose last axis is contiguous: x itself, or a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
