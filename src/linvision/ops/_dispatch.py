@@ -7,7 +7,7 @@ run; where it has to pass one over that is made for the device, it says so once.
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -35,19 +35,16 @@ class Body(Protocol):
         ...
 
 
-AnyBody = TypeVar("AnyBody", bound=Body)
-
-
-class Dispatcher(Generic[AnyBody]):
+class Dispatcher:
     """Chooses between the bodies of one op, listed by backend, the fastest first."""
 
-    def __init__(self, op: str, bodies: dict[str, AnyBody]) -> None:
+    def __init__(self, op: str, bodies: dict[str, Body]) -> None:
         self.op = op
         self.bodies = bodies
         self.told: set[str] = set()
 
-    def choose(self, *tensors: Tensor | None) -> AnyBody:
-        """Return the body that is to compute these inputs.
+    def choose(self, *tensors: Tensor | None) -> Any:
+        """Return the body that is to compute these inputs: its own functions are for the op and its bodies to agree on.
 
         Raises:
             BackendError: a backend was forced that cannot.
@@ -64,7 +61,7 @@ class Dispatcher(Generic[AnyBody]):
             self._tell(f"{self.op}: {name} kernels cannot run ({reason}); a slower backend computes the same")
         raise BackendError(f"{self.op}: no backend can compute this on {device}")
 
-    def _forced(self, name: str, *tensors: Tensor | None) -> AnyBody:
+    def _forced(self, name: str, *tensors: Tensor | None) -> Any:
         if name not in self.bodies:
             raise BackendError(f"{self.op} has no backend {name!r}, only {', '.join(self.bodies)}; use 'auto'")
         reason = self.bodies[name].refuses(*tensors)

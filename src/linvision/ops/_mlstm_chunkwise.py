@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 EPS = 1e-6
+DEVICE = None  # runs on any
 
 # Cost of one entry of a chunk's (L, L) matrix and of a (D, D) state, in multiplications of a matrix product, beside the
 # products themselves: measured on a CPU, where elementwise passes and exponentials weigh in.
@@ -50,6 +51,11 @@ def chunk_length(num_tokens: int, head_dim: int) -> int:
     candidates = {min(num_tokens, max(length, head_dim // 2)) for length in (64, 128, 256, 512)}
     candidates = {-(-num_tokens // -(-num_tokens // length)) for length in candidates}
     return min(candidates, key=cost)
+
+
+def refuses(*tensors: Tensor | None) -> str | None:
+    """Say why these inputs cannot be computed: never."""
+    return None
 
 
 def forward(

@@ -21,7 +21,11 @@ from torch.nn.functional import logsigmoid
 from torch.utils.flop_counter import register_flop_formula
 
 from linvision.ops import _mlstm_chunkwise
+from linvision.ops._dispatch import Dispatcher
 from linvision.ops._mlstm_chunkwise import EPS
+from linvision.ops.backends.cpp import mlstm as cpp_mlstm
+
+BODIES = Dispatcher("mlstm", {"cpp": cpp_mlstm, "plain": _mlstm_chunkwise})
 
 
 class MLSTMState(NamedTuple):
@@ -166,9 +170,9 @@ def _mlstm(
     return_state: bool,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    state = _transposed_state(C, n, m)
+    state, body = _transposed_state(C, n, m), BODIES.choose(q, k, v, i, f)
     with torch.autocast(q.device.type, enabled=False):
-        h, (C_t, n, m) = _mlstm_chunkwise.forward(q, k, v, i, f, state, return_state=return_state, reverse=reverse)
+        h, (C_t, n, m) = body.forward(q, k, v, i, f, state, return_state=return_state, reverse=reverse)
     return h, C_t.mT.contiguous() if return_state else C_t, n, m
 
 
@@ -202,12 +206,10 @@ def _mlstm_backward(
     m: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    state = _transposed_state(C, n, m)
+    state, body = _transposed_state(C, n, m), BODIES.choose(q, k, v, i, f)
     d_final = None if dC is None or dn is None else (dC.mT, dn)
     with torch.autocast(q.device.type, enabled=False):
-        dq, dk, dv, di, df, dC_t, dn = _mlstm_chunkwise.backward(
-            dh, d_final, h, (q, k, v, i, f), state, reverse=reverse
-        )
+        dq, dk, dv, di, df, dC_t, dn = body.backward(dh, d_final, h, (q, k, v, i, f), state, reverse=reverse)
     return dq, dk, dv, di, df, dC_t if state is None else dC_t.mT.contiguous(), dn
 
 
