@@ -7,8 +7,10 @@ BIN := $(VENV)/bin
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-# One environment serves every target; it is made again only when pyproject.toml changes.
-$(VENV)/.installed: pyproject.toml
+KERNELS := $(wildcard src/linvision/ops/backends/cpp/CMakeLists.txt src/linvision/ops/backends/cpp/kernels/*)
+
+# One environment serves every target; it is made again only when pyproject.toml or the C++ kernels change.
+$(VENV)/.installed: pyproject.toml $(KERNELS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from linvision.ops import MLSTMState, mlstm, mlstm_parallel, mlstm_recurrent
+from linvision.ops import MLSTMState, mlstm, mlstm_parallel, mlstm_recurrent, use_backend
 from linvision.ops._mlstm_chunkwise import chunk_length
+from linvision.ops.backends.cpp import library
 from tests import goldens
 
 FORMS = [mlstm, mlstm_parallel, mlstm_recurrent]
@@ -36,7 +39,7 @@ def test_golden(name, form, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_extreme_gates_stay_finite_in_half_precision(dtype):
+def test_extreme_gates_stay_finite_in_half_precision(dtype, backend):
     case = goldens.load_op_case("op_mlstm_extreme_gates", dtype)
     inputs = [case[key].transpose(1, 2).requires_grad_() for key in "qkvif"]
     h = mlstm(*inputs)
@@ -102,29 +105,29 @@ def test_gradients_against_numeric_derivatives(num_tokens, reverse):
         torch.testing.assert_close(actual, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_gates_and_states_are_float32_whatever_the_inputs_are():
+def test_gates_and_states_are_float32_whatever_the_inputs_are(backend):
     q, k, v, i, f = random_inputs(70, 8, dtype=torch.bfloat16)
     h, state = mlstm(q, k, v, i.float(), f.float(), return_state=True)
     assert h.dtype == torch.bfloat16
     assert {x.dtype for x in state} == {torch.float32}
 
 
-def test_autocast_leaves_the_inside_in_float32():
+def test_autocast_leaves_the_inside_in_float32(backend):
     inputs = random_inputs(70, 8, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = mlstm(*inputs)
     torch.testing.assert_close(inside, mlstm(*inputs), rtol=0, atol=0)
 
 
-def test_non_contiguous_inputs():
-    inputs = random_inputs(70, 8)
+def test_non_contiguous_inputs(backend):
+    inputs = random_inputs(70, 8, dtype=torch.float32)
     views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
     torch.testing.assert_close(mlstm(*views), mlstm(*inputs))
 
 
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_torch_accepts_the_operator(with_state, reverse):
+def test_torch_accepts_the_operator(with_state, reverse, backend):
     inputs = [x.requires_grad_() for x in random_inputs(70, 4, dtype=torch.float32)]
     state = (None, None, None)
     if with_state:
@@ -132,7 +135,7 @@ def test_torch_accepts_the_operator(with_state, reverse):
     torch.library.opcheck(torch.ops.linvision.mlstm, (*inputs, *state, with_state, reverse))
 
 
-def test_compile_and_export():
+def test_compile_and_export(backend):
     inputs = random_inputs(70, 4, dtype=torch.float32)
     torch._dynamo.reset()
     compiled = torch.compile(lambda *args: mlstm(*args, reverse=True), fullgraph=True, backend="aot_eager")
@@ -146,6 +149,83 @@ def test_compile_and_export():
     program = torch.export.export(Mixer(), tuple(inputs), dynamic_shapes=[{1: tokens}] * 5)
     other = random_inputs(131, 4, dtype=torch.float32)
     torch.testing.assert_close(program.module()(*other), mlstm(*other))
+
+
+# The kernels are float32 inside. Where a norm is close to zero, plain PyTorch in float32 errs by far more than the last
+# digit too; the kernels may err a little more than that. A gradient far below the largest is measured against that one.
+
+
+def computed(inputs: list[Tensor], state: MLSTMState | None, reverse: bool, backend: str) -> list[Tensor]:
+    """Return h, the final state and the gradients of everything that is given."""
+    tensors = [x.clone().requires_grad_() for x in inputs]
+    given = None
+    if state is not None:
+        tensors += [state.C.clone().requires_grad_(), state.n.clone().requires_grad_()]
+        given = MLSTMState(tensors[5], tensors[6], state.m)
+    with use_backend(backend):
+        h, final = mlstm(*tensors[:5], initial_state=given, return_state=True, reverse=reverse)
+        loss = (h * torch.linspace(-1, 1, h.numel()).view(h.shape)).sum() + final.C.sum() + final.n.sum()
+        return [h, *final, *torch.autograd.grad(loss, tensors)]
+
+
+def assert_kernels_are_exact(inputs: list[Tensor], state: MLSTMState | None, reverse: bool) -> None:
+    wide = None if state is None else MLSTMState(*(x.double() for x in state))
+    exact = computed([x.double() for x in inputs], wide, reverse, "plain")
+    ours, plain = (computed(inputs, state, reverse, backend) for backend in ("cpp", "plain"))
+    largest = max(x.norm() for x in exact[4:])
+    for one, other, truth in zip(ours, plain, exact, strict=True):
+        assert one.dtype == other.dtype
+        scale = torch.maximum(truth.norm(), 1e-3 * largest)
+        error, bound = (goldens.relative_error(x, truth, scale) for x in (one, other))
+        assert error <= max(3 * bound, 1e-4)
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("num_tokens", "head_dim"), [(1, 4), (63, 48), (65, 17), (300, 96)])
+def test_kernels_are_exact(num_tokens, head_dim, dtype, reverse, with_state, level):
+    inputs = random_inputs(num_tokens, head_dim, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 2, head_dim, head_dim), (2, 2, head_dim), (2, 2))
+    state = MLSTMState(*(torch.randn(shape, generator=generator) for shape in shapes))
+    assert_kernels_are_exact(inputs, state if with_state else None, reverse)
+
+
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_kernels_take_any_shape_and_layout(data):
+    if library.missing():
+        pytest.skip("not compiled")
+    batch, num_tokens, num_heads, head_dim = (
+        data.draw(st.integers(low, high), name)
+        for name, low, high in (("B", 0, 2), ("S", 1, 70), ("H", 1, 3), ("D", 1, 37))
+    )
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99), "seed"))
+    order = data.draw(st.permutations(range(4)), "memory layout")
+    back = [order.index(axis) for axis in range(4)]
+    shape = (batch, num_tokens, num_heads, head_dim)
+    q, k, v = (torch.randn([shape[axis] for axis in order], generator=generator).permute(back) for _ in range(3))
+    i, f = (5 * torch.randn(shape[:3], generator=generator).transpose(1, 2).contiguous().transpose(1, 2) for _ in "if")
+    reverse = data.draw(st.booleans(), "reverse")
+    if batch == 0:
+        with use_backend("cpp"):
+            assert mlstm(q, k, v, i, f, reverse=reverse).shape == shape
+        return
+    assert_kernels_are_exact([q, k, v, i, f], None, reverse)
+
+
+def test_threads_share_a_sequence_with_fewer_heads_than_threads():
+    if library.missing():
+        pytest.skip("not compiled")
+    inputs = random_inputs(1000, 16, batch=1, num_heads=1, dtype=torch.float32)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            assert_kernels_are_exact(inputs, None, threads == 2)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_flops_are_counted_and_grow_linearly():

@@ -22,13 +22,12 @@ class BackendError(RuntimeError):
 
 
 class Body(Protocol):
-    """An op's computation in one backend: a module with these names beside its own functions.
+    """An op's computation in one backend: a module with these names beside its own functions."""
 
-    Attributes:
-        DEVICE: the type of device that it is made for; None for any.
-    """
-
-    DEVICE: str | None
+    @property
+    def DEVICE(self) -> str | None:  # noqa: N802 - a constant of the module
+        """The type of device that it is made for; None for any."""
+        ...
 
     def refuses(self, *tensors: Tensor | None) -> str | None:
         """Say why these inputs cannot be computed, or return None if they can."""

@@ -172,8 +172,8 @@ def _mlstm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     state, body = _transposed_state(C, n, m), BODIES.choose(q, k, v, i, f)
     with torch.autocast(q.device.type, enabled=False):
-        h, (C_t, n, m) = body.forward(q, k, v, i, f, state, return_state=return_state, reverse=reverse)
-    return h, C_t.mT.contiguous() if return_state else C_t, n, m
+        h, final = body.forward(q, k, v, i, f, state, return_state=return_state, reverse=reverse)
+    return h, final[0].mT.contiguous() if return_state else final[0], *final[1:]
 
 
 @_mlstm.register_fake
@@ -209,8 +209,8 @@ def _mlstm_backward(
     state, body = _transposed_state(C, n, m), BODIES.choose(q, k, v, i, f)
     d_final = None if dC is None or dn is None else (dC.mT, dn)
     with torch.autocast(q.device.type, enabled=False):
-        dq, dk, dv, di, df, dC_t, dn = body.backward(dh, d_final, h, (q, k, v, i, f), state, reverse=reverse)
-    return dq, dk, dv, di, df, dC_t if state is None else dC_t.mT.contiguous(), dn
+        *gradients, dC_t, d_initial_n = body.backward(dh, d_final, h, (q, k, v, i, f), state, reverse=reverse)
+    return *gradients, dC_t if state is None else dC_t.mT.contiguous(), d_initial_n
 
 
 @_mlstm_backward.register_fake

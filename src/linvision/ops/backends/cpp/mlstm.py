@@ -33,6 +33,15 @@ class _Forward(ctypes.Structure):
     ]
 
 
+class _Backward(ctypes.Structure):
+    _fields_ = [
+        *((name, Strided) for name in ("q", "k", "v", "i", "f", "h", "dh", "dq", "dk", "dv", "di", "df")),
+        *((name, _State) for name in ("initial", "d_final", "d_initial")),
+        *_SIZES,
+        *_FLAGS,
+    ]
+
+
 def refuses(*tensors: Tensor | None) -> str | None:
     """Say why these inputs (q, k, v, i, f, ...) cannot be computed, or return None if they can."""
     q = tensors[0]
@@ -53,21 +62,16 @@ def forward(
 
     Without ``return_state`` the final state is left out: three empty tensors.
     """
-    batch, num_tokens, num_heads, head_dim = q.shape
-    q_, k_, v_ = (with_unit_stride(_computed(x)) for x in (q, k, v))
+    q_, k_, v_ = (_readable(x) for x in (q, k, v))
     i_, f_ = i.float(), f.float()
     h = q_.new_empty(q.shape)
-    initial = None if state is None else _contiguous(state)
-    shapes = ((batch, num_heads, head_dim, head_dim), (batch, num_heads, head_dim), (batch, num_heads))
-    final = tuple(q.new_empty(shape if return_state else (0,), dtype=torch.float32) for shape in shapes)
+    initial = None if state is None else _contiguous(*state)
+    final = tuple(q.new_empty(shape if return_state else (0,), dtype=torch.float32) for shape in _state_shapes(q))
     arguments = _Forward(
         *(Strided.of(x) for x in (q_, k_, v_, i_, f_, h)),
         _State() if initial is None else _State(*map(pointer, initial)),
         _State(*map(pointer, final)) if return_state else _State(),
-        batch,
-        num_tokens,
-        num_heads,
-        head_dim,
+        *q.shape,
         DTYPES[q_.dtype],
         reverse,
         torch.get_num_threads(),
@@ -76,11 +80,49 @@ def forward(
     return h.to(q.dtype), (final[0], final[1], final[2])
 
 
-def _computed(x: Tensor) -> Tensor:
-    """Return x in a type that the kernels read: float16 becomes float32."""
-    return x if x.dtype in DTYPES else x.float()
+def backward(
+    dh: Tensor,
+    d_final: tuple[Tensor, Tensor] | None,
+    h: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    state: State | None,
+    *,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of (q, k, v, i, f) and of the initial (C^T, n) from those of h and of the final (C^T, n)."""
+    q, k, v, i, f = inputs
+    q_, k_, v_, h_, dh_ = (_readable(x) for x in (q, k, v, h, dh))
+    i_, f_ = i.float(), f.float()
+    dq, dk, dv = (q_.new_empty(q.shape) for _ in range(3))
+    di, df = (q.new_empty(i.shape, dtype=torch.float32) for _ in range(2))
+    initial = None if state is None else _contiguous(*state)
+    final = None if d_final is None else _contiguous(*d_final)
+    shapes = _state_shapes(q)[:2]
+    d_initial = tuple(q.new_empty((0,) if state is None else shape, dtype=torch.float32) for shape in shapes)
+    arguments = _Backward(
+        *(Strided.of(x) for x in (q_, k_, v_, i_, f_, h_, dh_, dq, dk, dv, di, df)),
+        _State() if initial is None else _State(*map(pointer, initial)),
+        _State() if final is None else _State(*map(pointer, final)),
+        _State() if state is None else _State(*map(pointer, d_initial)),
+        *q.shape,
+        DTYPES[q_.dtype],
+        reverse,
+        torch.get_num_threads(),
+    )
+    call("linvision_mlstm_backward", arguments)
+    dq, dk, dv = (x.to(q.dtype) for x in (dq, dk, dv))
+    return dq, dk, dv, di.to(i.dtype), df.to(f.dtype), d_initial[0], d_initial[1]
 
 
-def _contiguous(state: State) -> State:
-    C, n, m = (x.float().contiguous() for x in state)
-    return C, n, m
+def _readable(x: Tensor) -> Tensor:
+    """Return x with a contiguous last axis and in a type that the kernels read: float16 becomes float32."""
+    return with_unit_stride(x if x.dtype in DTYPES else x.float())
+
+
+def _state_shapes(q: Tensor) -> tuple[tuple[int, ...], ...]:
+    batch, _, num_heads, head_dim = q.shape
+    return (batch, num_heads, head_dim, head_dim), (batch, num_heads, head_dim), (batch, num_heads)
+
+
+def _contiguous(*state: Tensor) -> list[Tensor]:
+    return [x.float().contiguous() for x in state]

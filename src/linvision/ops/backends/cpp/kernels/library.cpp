@@ -13,6 +13,7 @@ namespace linvision {
 #define LINVISION_KERNELS(ISA)                    \
   namespace ISA {                                 \
   int32_t mlstm_forward(const MlstmForward&);     \
+  int32_t mlstm_backward(const MlstmBackward&);   \
   }
 
 LINVISION_KERNELS(baseline)
@@ -67,3 +68,5 @@ LINVISION_EXPORT int32_t linvision_set_level(int32_t wanted) {
 }
 
 LINVISION_EXPORT int32_t linvision_mlstm_forward(const MlstmForward* args) { LINVISION_RUN(mlstm_forward, *args); }
+
+LINVISION_EXPORT int32_t linvision_mlstm_backward(const MlstmBackward* args) { LINVISION_RUN(mlstm_backward, *args); }

@@ -47,7 +47,7 @@ LINVISION_INLINE void multiply_tile(int64_t depth, const float* a, int64_t a_str
 }
 
 // kTileRows rows of the product, for so many columns (a multiple of kLanes).
-static void multiply_rows(int64_t columns, int64_t depth, const float* a, int64_t a_stride, Matrix b, float* c,
+[[maybe_unused]] static void multiply_rows(int64_t columns, int64_t depth, const float* a, int64_t a_stride, Matrix b, float* c,
                           int64_t c_stride, float scale) {
   int64_t j = 0;
   for (; j + kTileVecs * kLanes <= columns; j += kTileVecs * kLanes) {
@@ -59,21 +59,21 @@ static void multiply_rows(int64_t columns, int64_t depth, const float* a, int64_
 }
 
 // C = scale C + A B with `rows` (a multiple of kTileRows) rows; a scale of 0 leaves C unread.
-static void multiply(int64_t rows, int64_t columns, int64_t depth, Matrix a, Matrix b, Matrix c, float scale) {
+[[maybe_unused]] static void multiply(int64_t rows, int64_t columns, int64_t depth, Matrix a, Matrix b, Matrix c, float scale) {
   for (int64_t r = 0; r < rows; r += kTileRows) {
     multiply_rows(columns, depth, a.row(r), a.stride, b, c.row(r), c.stride, scale);
   }
 }
 
 // As multiply(), for a square A that is zero above its diagonal.
-static void multiply_lower(int64_t rows, int64_t columns, Matrix a, Matrix b, Matrix c, float scale) {
+[[maybe_unused]] static void multiply_lower(int64_t rows, int64_t columns, Matrix a, Matrix b, Matrix c, float scale) {
   for (int64_t r = 0; r < rows; r += kTileRows) {
     multiply_rows(columns, r + kTileRows, a.row(r), a.stride, b, c.row(r), c.stride, scale);
   }
 }
 
 // As multiply(), for a square A that is zero below its diagonal.
-static void multiply_upper(int64_t rows, int64_t columns, Matrix a, Matrix b, Matrix c, float scale) {
+[[maybe_unused]] static void multiply_upper(int64_t rows, int64_t columns, Matrix a, Matrix b, Matrix c, float scale) {
   for (int64_t r = 0; r < rows; r += kTileRows) {
     const Matrix below = {b.row(r), b.stride};
     multiply_rows(columns, rows - r, a.row(r) + r, a.stride, below, c.row(r), c.stride, scale);
@@ -81,13 +81,13 @@ static void multiply_upper(int64_t rows, int64_t columns, Matrix a, Matrix b, Ma
 }
 
 // A square C = A B of which only the entries up to the diagonal are wanted; some above it are written as well.
-static void multiply_to_diagonal(int64_t rows, int64_t depth, Matrix a, Matrix b, Matrix c) {
+[[maybe_unused]] static void multiply_to_diagonal(int64_t rows, int64_t depth, Matrix a, Matrix b, Matrix c) {
   for (int64_t r = 0; r < rows; r += kTileRows) {
     multiply_rows(round_up(r + kTileRows, kLanes), depth, a.row(r), a.stride, b, c.row(r), c.stride, 0.0f);
   }
 }
 
-static void transpose(int64_t rows, int64_t columns, Matrix from, Matrix to) {
+[[maybe_unused]] static void transpose(int64_t rows, int64_t columns, Matrix from, Matrix to) {
   for (int64_t r = 0; r < rows; r += 4) {
     const float *a = from.row(r), *b = from.row(r + 1), *c = from.row(r + 2), *d = from.row(r + 3);
     for (int64_t j = 0; j < columns; ++j) {

@@ -17,28 +17,24 @@ constexpr int64_t kChunk = 32;
 
 struct Workspace {
   int64_t width;
-  Scratch memory;
-  Matrix q, k, v, keys, scores, out, C;
-  float* n;
+  Arena arena;
+  Matrix q, k, v, out;  // tokens of the chunk: (kChunk, width)
+  Matrix keys;          // (width, kChunk): the transpose of k
+  Matrix scores;        // (kChunk, kChunk)
+  Matrix C;             // (width, width)
+  float* n;             // directly behind C
 
   explicit Workspace(int64_t width)
-      : width(width), memory(5 * kChunk * width + kChunk * kChunk + width * width + width) {
-    float* next = memory.get();
-    const auto take = [&](int64_t rows, int64_t columns) {
-      const Matrix matrix = {next, columns};
-      next += rows * columns;
-      return matrix;
-    };
-    if (next == nullptr) return;
-    q = take(kChunk, width);
-    k = take(kChunk, width);
-    v = take(kChunk, width);
-    out = take(kChunk, width);
-    keys = take(width, kChunk);
-    scores = take(kChunk, kChunk);
-    C = take(width, width);
-    n = take(1, width).data;
-  }
+      : width(width),
+        arena(5 * kChunk * width + kChunk * kChunk + width * width + width),
+        q(arena.take(kChunk, width)),
+        k(arena.take(kChunk, width)),
+        v(arena.take(kChunk, width)),
+        out(arena.take(kChunk, width)),
+        keys(arena.take(width, kChunk)),
+        scores(arena.take(kChunk, kChunk)),
+        C(arena.take(width, width)),
+        n(arena.take(1, width).data) {}
 };
 
 // Adds the chunk's keys and values to the state, which moves to the scale of the chunk's last token.
@@ -136,7 +132,7 @@ int32_t forward(const MlstmForward& args) {
   if (num_segments > 1) {
     parallel_for(args.threads, heads * num_segments, [&](int64_t index) {
       Workspace w(width);
-      if (w.memory.get() == nullptr) {
+      if (w.arena.empty()) {
         status = kOutOfMemory;
         return;
       }
@@ -166,7 +162,7 @@ int32_t forward(const MlstmForward& args) {
 
   parallel_for(args.threads, heads * num_segments, [&](int64_t index) {
     Workspace w(width);
-    if (w.memory.get() == nullptr) {
+    if (w.arena.empty()) {
       status = kOutOfMemory;
       return;
     }

@@ -11,6 +11,22 @@ namespace LINVISION_ISA {
 constexpr float kEps = 1e-6f;
 constexpr double kNothingYet = -1e300;  // M before the first token: minus infinity without its NaNs
 
+// One allocation, given out piece by piece as matrices.
+class Arena {
+ public:
+  explicit Arena(size_t floats) : memory_(floats), next_(memory_.get()) {}
+  bool empty() const { return memory_.get() == nullptr; }
+  Matrix take(int64_t rows, int64_t columns) {
+    const Matrix matrix = {next_, columns};
+    if (next_ != nullptr) next_ += rows * columns;
+    return matrix;
+  }
+
+ private:
+  Scratch memory_;
+  float* next_;
+};
+
 // `count` tokens of a head from the `start`-th in scan order on.
 struct Chunk {
   int64_t batch, head, start, count, tokens;
@@ -50,13 +66,16 @@ struct ChunkGates {
   float carry;                           // from the state before the chunk to the one after it
 
   void prepare(const Strided& i, const Strided& f, const Chunk& chunk, GateSums& sums) {
-    alignas(64) float log_f[kLength];
+    // logsigmoid(f) = min(f, 0) - log(1 + exp(-|f|)): the first part is exact, and added in double it stays so.
+    alignas(64) float gate[kLength], rest[kLength];
     double a[kLength], M[kLength];
-    for (int64_t t = 0; t < kLength; ++t) log_f[t] = t < chunk.count ? -gate_at(f, chunk, t) : 0.0f;
-    for (int64_t t = 0; t < kLength; t += kLanes) store(log_f + t, softplus(load(log_f + t)));
+    for (int64_t t = 0; t < kLength; ++t) gate[t] = t < chunk.count ? gate_at(f, chunk, t) : 0.0f;
+    for (int64_t t = 0; t < kLength; t += kLanes) {
+      store(rest + t, log1p_of_fraction(exp(-absolute(load(gate + t)))));
+    }
     const double before = sums.M;
     for (int64_t t = 0; t < chunk.count; ++t) {
-      sums.F -= log_f[t];
+      sums.F += static_cast<double>(gate[t] < 0 ? gate[t] : 0.0f) - rest[t];
       a[t] = gate_at(i, chunk, t) - sums.F;
       sums.M = sums.M > a[t] ? sums.M : a[t];
       M[t] = sums.M;
@@ -138,16 +157,16 @@ void scatter(const Strided& to, const Chunk& chunk, int64_t head_dim, Matrix fro
 }
 
 // Copies the matrix and the vector of one head between contiguous memory and rows of `width` floats.
-static void load_matrix(const float* from, int64_t head_dim, int64_t width, float* to) {
+[[maybe_unused]] static void load_matrix(const float* from, int64_t head_dim, int64_t width, float* to) {
   memset(to, 0, width * width * sizeof(float));
   for (int64_t d = 0; d < head_dim; ++d) memcpy(to + d * width, from + d * head_dim, head_dim * sizeof(float));
 }
 
-static void store_matrix(const float* from, int64_t head_dim, int64_t width, float* to) {
+[[maybe_unused]] static void store_matrix(const float* from, int64_t head_dim, int64_t width, float* to) {
   for (int64_t d = 0; d < head_dim; ++d) memcpy(to + d * head_dim, from + d * width, head_dim * sizeof(float));
 }
 
-static void load_state(const MlstmState& state, int64_t head, int64_t head_dim, int64_t width, float* C, float* n,
+[[maybe_unused]] static void load_state(const MlstmState& state, int64_t head, int64_t head_dim, int64_t width, float* C, float* n,
                        GateSums& sums) {
   memset(n, 0, width * sizeof(float));
   sums = GateSums{};
@@ -160,7 +179,7 @@ static void load_state(const MlstmState& state, int64_t head, int64_t head_dim, 
   if (state.m != nullptr && state.m[head] > kNothingYet) sums.M = state.m[head];
 }
 
-static void store_state(const MlstmState& state, int64_t head, int64_t head_dim, int64_t width, const float* C,
+[[maybe_unused]] static void store_state(const MlstmState& state, int64_t head, int64_t head_dim, int64_t width, const float* C,
                         const float* n, const GateSums& sums) {
   store_matrix(C, head_dim, width, state.C + head * head_dim * head_dim);
   memcpy(state.n + head * head_dim, n, head_dim * sizeof(float));

@@ -1,0 +1,28 @@
+"""What the tests of all ops share: every backend that can run here."""
+
+import pytest
+
+from linvision.ops import use_backend
+from linvision.ops.backends.cpp import library
+
+
+@pytest.fixture(params=["plain", "cpp"])
+def backend(request):
+    """Run a test in each backend; the C++ one only where it was compiled."""
+    if request.param == "cpp" and library.missing():
+        pytest.skip(f"cpp: {library.missing()}")
+    with use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=range(len(library.LEVELS)), ids=library.LEVELS)
+def level(request):
+    """Run a test in the C++ kernels for each instruction set that this CPU has."""
+    loaded = library.library()
+    if loaded is None:
+        pytest.skip(f"cpp: {library.missing()}")
+    if loaded.linvision_set_level(request.param) != request.param:
+        pytest.skip(f"this CPU has no {library.LEVELS[request.param]}")
+    with use_backend("cpp"):
+        yield library.LEVELS[request.param]
+    loaded.linvision_set_level(-1)
