@@ -3,13 +3,14 @@
 import csv
 import json
 import signal
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 
 import pytest
 import torch
 
 import linvision
-from linvision.bench import BenchOptions, bench, command, machine
+from linvision.bench import BenchOptions, bench, command, machine, models
 from linvision.bench.command import measure_setting
 from linvision.bench.contenders import Lineup, Setting, TrafficCounter, count_flops
 from linvision.bench.measure import alternate, crossover, growth_exponent, is_out_of_memory, ratios, spread
@@ -17,9 +18,10 @@ from linvision.bench.models import ModelContender, model_lineup, replaced, yards
 from linvision.bench.ops import OPS, OpContender, op_lineup
 from linvision.bench.options import make_plan
 from linvision.bench.probe import CPUProbes, Probe, available_memory, interpret_end
-from linvision.bench.report import Ratio, Report, Row, as_csv, as_json, crossovers, grids, growth
+from linvision.bench.report import Ratio, Report, Row, as_csv, as_json, crossovers, growth
+from linvision.bench.tables import grids
 from linvision.errors import RunError, UsageError
-from linvision.ops import mlstm, mlstm_parallel
+from linvision.ops import BackendError, mlstm, mlstm_parallel
 
 MINI = "vil2_mini_patch4_32"
 OUT_OF_MEMORY = RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
@@ -265,6 +267,18 @@ def test_flops_count_scans_attention_and_batches():
     assert loop == linear
 
 
+def test_backends_are_chosen_for_what_is_measured(monkeypatch):
+    used = []
+    monkeypatch.setattr(models, "use_backend", lambda name: used.append(name) or nullcontext())
+    for contender in (ModelContender(MINI), ModelContender(MINI, "plain")):
+        contender.prepare(Setting(32, 1, backend="auto"))()
+    ModelContender(MINI).prepare(Setting(32, 1, backend="cpp"))()
+    assert used == ["auto", "plain", "cpp"]
+    assert make_plan(BenchOptions(backend="plain")).settings[0].backend == "plain"
+    with pytest.raises(BackendError, match="cannot run"):
+        OpContender("mlstm", "", 16).prepare(Setting(8, 1, dtype="float64", backend="cpp"))()
+
+
 def test_a_size_that_a_model_refuses_is_a_usage_error():
     with pytest.raises(UsageError, match=f"{MINI} does not take size 30: .*multiple"):
         count_flops(ModelContender(MINI), Setting(30, 1))
@@ -291,6 +305,9 @@ def test_each_model_meets_the_deit_of_its_width():
     deit = model_lineup(["deit_tiny_patch16_224"], ["fused", "explicit"])
     assert deit.references["deit_tiny_patch16_224 (explicit)"] == {"fused": "deit_tiny_patch16_224 (fused)"}
     assert len(deit.contenders) == 2
+    plain = model_lineup([MINI, "deit_tiny_patch16_224"], ["plain"])
+    assert plain.references[MINI] == {"plain": f"{MINI} (plain)"}
+    assert plain.references["deit_tiny_patch16_224"] == {}
     assert yardstick("resnet", torch.nn.Identity()) == ("deit_tiny_patch16_224", None)
 
 

@@ -17,7 +17,8 @@ from linvision.bench.measure import alternate, ratios, spread
 from linvision.bench.options import BenchOptions, Plan, make_plan
 from linvision.bench.picture import draw
 from linvision.bench.probe import CPUProbes, Probe, available_memory, gpu_probe
-from linvision.bench.report import Ratio, Report, Row, as_csv, as_json, grids
+from linvision.bench.report import Ratio, Report, Row, as_csv, as_json
+from linvision.bench.tables import grids
 from linvision.errors import UsageError
 from linvision.tasks.console import notes, output, write_json
 from linvision.tasks.files import write_json as write_json_file
@@ -209,6 +210,7 @@ def _remarks(report: Report) -> list[str]:
     machine, peaks = report.machine, report.peaks
     products = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in peaks["flops_per_second"].items())
     flags: list[Any] = [name for name in ("autocast", "compile", "tf32") if report.options.get(name)]
+    flags += [f"backend {report.options['backend']}"] if report.options["backend"] != "auto" else []
     lines = [
         f"{row.contender}, size {row.setting.size}, {row.setting.mode}: {row.status}, {row.note}"
         for row in report.rows
@@ -217,7 +219,7 @@ def _remarks(report: Report) -> list[str]:
     return [
         *lines,
         f"{machine['gpu'] or machine['cpu']}, CPU threads: {machine['threads']}, {machine['instructions']}; torch "
-        f"{machine['torch']}, timm {machine['timm']}, linvision {machine['linvision']}, {machine['backend']}; "
+        f"{machine['torch']}, timm {machine['timm']}, linvision {machine['linvision']}, {machine['kernels']}; "
         f"{', '.join(flags) or 'no autocast, compile or TF32'}; load {machine['load']} before.",
         f"Peaks measured here: matrix product {products}; copy {peaks['bytes_per_second'] / 1e9:.1f} GB/s.",
         "Times: medians (quartiles) of alternating runs; ratios are medians of those within a round. Peak MB: above "

@@ -27,6 +27,7 @@ class Setting:
         device: "cpu", "cuda", or "meta" for counting.
         autocast: whether weights stay float32 under autocast.
         compile: whether models are compiled.
+        backend: of the ops, "auto" for the fastest that can run.
         seed: of weights and inputs.
     """
 
@@ -37,6 +38,7 @@ class Setting:
     device: str = "cpu"
     autocast: bool = False
     compile: bool = False
+    backend: str = "auto"
     seed: int = 0
 
     @property

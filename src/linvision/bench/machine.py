@@ -10,6 +10,7 @@ import torch
 
 import linvision
 from linvision.bench.measure import alternate
+from linvision.ops.backends.cpp import library
 
 MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
 COPIED_BYTES = {"cpu": 2**28, "cuda": 2**31}  # far more than caches hold
@@ -33,7 +34,7 @@ def describe_machine(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "timm": timm.__version__,
         "linvision": linvision.__version__,
-        "backend": "plain PyTorch",
+        "kernels": f"C++ kernels for {library.level()}" if library.missing() is None else "no C++ kernels",
     }
 
 

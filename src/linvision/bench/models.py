@@ -12,7 +12,14 @@ from torch.nn.functional import cross_entropy
 
 from linvision.bench.contenders import Lineup, Setting, Step
 from linvision.models import create_model, resolve_name
-from linvision.ops import mlstm, mlstm_parallel, mlstm_recurrent, selective_scan, selective_scan_sequential
+from linvision.ops import (
+    mlstm,
+    mlstm_parallel,
+    mlstm_recurrent,
+    selective_scan,
+    selective_scan_sequential,
+    use_backend,
+)
 from linvision.tasks.loading import size_overrides
 
 DEIT = {192: "deit_tiny_patch16_224", 384: "deit_small_patch16_224", 768: "deit_base_patch16_224"}
@@ -29,7 +36,8 @@ class ModelContender:
 
     Attributes:
         name: registered name.
-        peer: "" under test; "fused" or "explicit": this attention, of a DeiT; "parallel" or "sequential": this form.
+        peer: "" under test; "fused" or "explicit": this attention, of a DeiT; "plain": all ops in plain PyTorch;
+            "parallel" or "sequential": the op in this form.
         patch_size: of a DeiT that is to have other patches than its own.
     """
 
@@ -58,10 +66,15 @@ class ModelContender:
         model, image = self._build(setting)
         run = torch.compile(model) if setting.compile else model
         forms = FORMS.get(self.peer, {})
+        backend = "plain" if self.peer == "plain" else setting.backend
         kind = setting.device if setting.device == "cuda" else "cpu"
 
         def forward() -> torch.Tensor:
-            with replaced(model, forms), torch.autocast(kind, setting.torch_dtype, enabled=setting.autocast):
+            with (
+                use_backend(backend),
+                replaced(model, forms),
+                torch.autocast(kind, setting.torch_dtype, enabled=setting.autocast),
+            ):
                 return run(image)
 
         if setting.mode == "inference":
@@ -106,6 +119,7 @@ def model_lineup(names: list[str], peers: list[str]) -> Lineup:
         deit, patch_size = yardstick(name, model)
         deits = [ModelContender(deit, kind, patch_size) for kind in ("fused", "explicit") if kind in peers]
         own = [ModelContender(name)] if name != deit or not deits else []  # a DeiT is its own peer
+        own += [ModelContender(name, "plain")] if "plain" in peers and uses_our_ops(model) else []
         own += [ModelContender(name, form) for form in FORMS if form in peers and has_form(model, form)]
         contenders |= dict.fromkeys([*own, *deits])
         for group, others in ((own, [*deits, *own]), (deits, deits)):
@@ -126,6 +140,11 @@ def yardstick(name: str, model: nn.Module) -> tuple[str, int | None]:
     projection = getattr(getattr(model, "patch_embed", None), "proj", None)
     patch_size = projection.kernel_size[0] if isinstance(projection, nn.Conv2d) else 16
     return DEIT[width], None if patch_size == 16 else patch_size
+
+
+def uses_our_ops(model: nn.Module) -> bool:
+    """Tell whether a model has layers of ours, and with them ops that run in several backends."""
+    return any(type(layer).__module__.startswith("linvision.") for layer in model.modules())
 
 
 def has_form(model: nn.Module, form: str) -> bool:

@@ -9,7 +9,14 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from linvision.bench.contenders import Lineup, Setting, Step
-from linvision.ops import mlstm, mlstm_parallel, mlstm_recurrent, selective_scan, selective_scan_sequential
+from linvision.ops import (
+    mlstm,
+    mlstm_parallel,
+    mlstm_recurrent,
+    selective_scan,
+    selective_scan_sequential,
+    use_backend,
+)
 
 NUM_HEADS = 4  # of vil2_tiny, at 384 channels
 NUM_STATES = 16  # of vim_tiny, at 384 channels
@@ -46,12 +53,14 @@ def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 OPS: dict[str, dict[str, tuple[Callable, Callable[[Setting, int], Tensors]]]] = {
     "mlstm": {
         "": (mlstm, _mlstm_inputs),
+        "plain": (mlstm, _mlstm_inputs),
         "parallel": (mlstm_parallel, _mlstm_inputs),
         "sequential": (mlstm_recurrent, _mlstm_inputs),
         "attention": (_attention, _attention_inputs),
     },
     "selective_scan": {
         "": (partial(selective_scan, delta_softplus=True), _scan_inputs),
+        "plain": (partial(selective_scan, delta_softplus=True), _scan_inputs),
         "sequential": (partial(selective_scan_sequential, delta_softplus=True), _scan_inputs),
         "attention": (_attention, _attention_inputs),
     },
@@ -60,7 +69,7 @@ OPS: dict[str, dict[str, tuple[Callable, Callable[[Setting, int], Tensors]]]] = 
 
 @dataclass(frozen=True)
 class OpContender:
-    """An op in the form that models run (peer ""), in another form, or fused attention over as many channels."""
+    """An op as models run it (peer ""), in plain PyTorch, in another form, or fused attention over as many channels."""
 
     op: str
     peer: str = ""
@@ -86,11 +95,12 @@ class OpContender:
         """Make noise; a step is the op's forward pass, in training the backward pass too."""
         torch.manual_seed(setting.seed)
         op, make_inputs = OPS[self.op][self.peer]
+        backend = "plain" if self.peer == "plain" else setting.backend
         inputs = make_inputs(setting, self.width)
         if setting.mode == "inference":
 
             def forward() -> None:
-                with torch.inference_mode():
+                with torch.inference_mode(), use_backend(backend):
                     op(**inputs)
 
             return forward
@@ -98,8 +108,9 @@ class OpContender:
             tensor.requires_grad_()
 
         def forward_and_backward() -> None:
-            y = op(**inputs)
-            torch.autograd.grad(y, list(inputs.values()), torch.ones_like(y))
+            with use_backend(backend):
+                y = op(**inputs)
+                torch.autograd.grad(y, list(inputs.values()), torch.ones_like(y))
 
         return forward_and_backward
 

@@ -16,8 +16,11 @@ from linvision.models import nearest
 
 DTYPES = ("float32", "bfloat16", "float16")
 MODES = ("inference", "training")
-MODEL_PEERS = ("fused", "explicit", "parallel", "sequential")
-OP_PEERS = {"mlstm": ("parallel", "sequential", "attention"), "selective_scan": ("sequential", "attention")}
+MODEL_PEERS = ("fused", "explicit", "plain", "parallel", "sequential")
+OP_PEERS = {
+    "mlstm": ("parallel", "plain", "sequential", "attention"),
+    "selective_scan": ("sequential", "plain", "attention"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +37,10 @@ class BenchOptions:
         modes: inference and training, separated by commas; training is a whole step (forward, backward, AdamW) of a
             model, forward and backward of an op
         peers: what runs beside, separated by commas, or none. For models: fused and explicit, DeiT of the same width
-            with PyTorch's fused attention and with explicit attention matrices; parallel and sequential, the model with
-            its op in that form. With --op: parallel (of mlstm), sequential, and attention (PyTorch's, fused). Default
-            fused,explicit; with --op parallel, or sequential where there is no parallel form
+            with PyTorch's fused attention and with explicit attention matrices; plain, the model without compiled
+            kernels; parallel and sequential, the model with its op in that form. With --op: plain, parallel (of mlstm),
+            sequential, and attention (PyTorch's, fused). Default fused,explicit; with --op parallel, or sequential
+            where there is no parallel form
         width: channels of an op
         rounds: alternating runs of each contender, after the warm-up
         seconds: no further round is begun after this time on one setting, but there are three at least
@@ -45,6 +49,7 @@ class BenchOptions:
         max_memory: GiB that a contender may take on a CPU, its weights included; default 80 % of what is free
         autocast: keep float32 weights and let autocast choose where the type applies, instead of casting all
         compile: compile the models with torch.compile
+        backend: of the ops: auto (the fastest that can run), triton, cpp or plain
         tf32: let a GPU round float32 matrix products to TF32
         seed: of weights and inputs
         out: folder to create for bench.json, bench.csv and the picture bench.png
@@ -68,6 +73,7 @@ class BenchOptions:
     max_memory: float | None = None
     autocast: bool = False
     compile: bool = False
+    backend: Literal["auto", "triton", "cpp", "plain"] = "auto"
     tf32: bool = False
     seed: int = 0
     out: str | None = None
@@ -136,6 +142,7 @@ def make_plan(options: BenchOptions) -> Plan:
             device=device,
             autocast=options.autocast,
             compile=options.compile,
+            backend=options.backend,
             seed=options.seed,
         )
         for mode, dtype, batch_size, size in product(
