@@ -13,6 +13,8 @@ namespace linvision {
 #define LINVISION_KERNELS(ISA)                    \
   namespace ISA {                                 \
   int32_t mlstm_forward(const MlstmForward&);     \
+  int32_t selective_scan_forward(const SelectiveScanForward&);     \
+  int32_t selective_scan_backward(const SelectiveScanBackward&);     \
   }
 
 LINVISION_KERNELS(baseline)
@@ -67,3 +69,11 @@ LINVISION_EXPORT int32_t linvision_set_level(int32_t wanted) {
 }
 
 LINVISION_EXPORT int32_t linvision_mlstm_forward(const MlstmForward* args) { LINVISION_RUN(mlstm_forward, *args); }
+
+LINVISION_EXPORT int32_t linvision_selective_scan_forward(const SelectiveScanForward* args) {
+  LINVISION_RUN(selective_scan_forward, *args);
+}
+
+LINVISION_EXPORT int32_t linvision_selective_scan_backward(const SelectiveScanBackward* args) {
+  LINVISION_RUN(selective_scan_backward, *args);
+}
