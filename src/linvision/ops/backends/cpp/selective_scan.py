@@ -13,11 +13,11 @@ from linvision.ops.backends.cpp.library import DTYPES, Strided, call, missing, p
 
 DEVICE = "cpu"
 
-# Channels are grouped into pieces of work: several for each thread, of a few vectors each, whose scratch memory fits
-# into a core's cache. The widest vectors have 16 lanes.
+# Channels are grouped into pieces of work: several for each thread, whose scratch memory, half a kilobyte for each
+# token between kept states and vector of channels, fits into a core's cache. The widest vectors have 16 lanes.
 LANES = 16
 PIECES_PER_THREAD = 4
-MAX_VECTORS = 32
+MAX_VECTOR_TOKENS = 1024
 
 
 class _Scan(ctypes.Structure):
@@ -61,7 +61,7 @@ def forward(inputs: Inputs, initial_state: Tensor | None, keep_states: bool) -> 
     u, (num_states, width) = inputs.u, inputs.A.shape
     batch, num_tokens, _ = u.shape
     computed = _Computed(inputs)
-    y = torch.empty(u.shape, dtype=computed.dtype)
+    y = u.new_empty(u.shape, dtype=computed.dtype)
     final = inputs.A.new_empty(batch, width, num_states)
     kept = inputs.A.new_empty(-(-num_tokens // interval(num_states)) if keep_states else 0, batch, num_states, width)
     initial = None if initial_state is None else initial_state.contiguous()
@@ -83,7 +83,7 @@ def backward(inputs: Inputs, kept: Tensor, dy: Tensor, d_final: Tensor) -> dict[
     computed = _Computed(inputs)
     dy, d_final = with_unit_stride(dy.to(computed.dtype)), d_final.contiguous()
     per_token = {
-        name: torch.empty(u.shape, dtype=computed.dtype)
+        name: u.new_empty(u.shape, dtype=computed.dtype)
         for name in ("u", "delta", "z")
         if getattr(inputs, name) is not None
     }
@@ -104,9 +104,7 @@ def backward(inputs: Inputs, kept: Tensor, dy: Tensor, d_final: Tensor) -> dict[
     call("linvision_selective_scan_backward", arguments)
     gradients = {name: x.to(u.dtype) for name, x in per_token.items()}
     gradients |= {name: x.sum(0) for name, x in per_channel.items()}
-    gradients |= {
-        name: (x.sum(0) if pieces > 1 else x[0]).to(u.dtype) for name, x in zip("BC", of_states, strict=True)
-    }
+    gradients |= {name: (x.sum(0) if pieces > 1 else x[0]).to(u.dtype) for name, x in zip("BC", of_states, strict=True)}
     return gradients | {"initial_state": d_initial}
 
 
@@ -122,7 +120,8 @@ class _Computed:
         self.threads = torch.get_num_threads()
         blocks = -(-inputs.u.shape[2] // LANES)
         wanted = -(-PIECES_PER_THREAD * self.threads // max(1, inputs.u.shape[0]))
-        groups = min(blocks, max(wanted, -(-blocks // MAX_VECTORS)))
+        most = max(1, MAX_VECTOR_TOKENS // interval(inputs.A.shape[0]))
+        groups = min(blocks, max(wanted, -(-blocks // most)))
         self.group = LANES * -(-blocks // groups)
 
     def described(self) -> _Scan:

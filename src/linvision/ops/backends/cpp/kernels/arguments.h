@@ -55,8 +55,8 @@ struct SelectiveScanBackward {
   SelectiveScan inputs;
   Strided dy, du, d_delta, dz;
   const float *kept, *d_final;
-  float* d_initial;                  // (B, E, N)
-  float *dA, *dB, *dC, *dD, *d_bias;  // (B, N, E), twice (groups, B, S, N), twice (B, E): to be summed over the first axis
+  float* d_initial;                   // (B, E, N)
+  float *dA, *dB, *dC, *dD, *d_bias;  // (B, N, E), twice (groups, B, S, N), twice (B, E): to be summed over axis 0
 };
 
 }  // namespace linvision

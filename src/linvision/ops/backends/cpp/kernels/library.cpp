@@ -10,11 +10,11 @@
 
 namespace linvision {
 
-#define LINVISION_KERNELS(ISA)                    \
-  namespace ISA {                                 \
-  int32_t mlstm_forward(const MlstmForward&);     \
-  int32_t selective_scan_forward(const SelectiveScanForward&);     \
-  int32_t selective_scan_backward(const SelectiveScanBackward&);     \
+#define LINVISION_KERNELS(ISA)                                      \
+  namespace ISA {                                                   \
+  int32_t mlstm_forward(const MlstmForward&);                       \
+  int32_t selective_scan_forward(const SelectiveScanForward&);      \
+  int32_t selective_scan_backward(const SelectiveScanBackward&);    \
   }
 
 LINVISION_KERNELS(baseline)

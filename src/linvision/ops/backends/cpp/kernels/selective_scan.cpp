@@ -76,60 +76,95 @@ Vec prepare(const SelectiveScan& in, const Tile& tile, int64_t channel, int lane
   return greatest;
 }
 
+// A piece of work and its memory.
 template <typename T>
-int32_t forward(const SelectiveScanForward& args) {
-  const SelectiveScan& in = args.inputs;
-  const int64_t pieces = in.batch * Channels::groups(in), tiles = (in.tokens + in.interval - 1) / in.interval;
-  int32_t status = kDone;
-  parallel_for(in.threads, pieces, [&](int64_t piece) {
-    const Channels channels = Channels::of(in, piece);
-    const int64_t per_vector = in.states * kLanes;
-    const Scratch memory(channels.vectors * (2 * per_vector + kLanes) + in.interval * (4 * kLanes + 2 * in.states));
-    if (memory.get() == nullptr) {
-      status = kOutOfMemory;
-      return;
-    }
-    Arrays arrays(memory.get());
-    float *const rates = arrays.take(channels.vectors * per_vector), *const state = arrays.take(channels.vectors * per_vector);
-    float *const greatest_rate = arrays.take(channels.vectors * kLanes), *const gates = arrays.take(in.interval * kLanes);
-    Steps steps;
-    steps.step = arrays.take(in.interval * kLanes);
-    steps.update = arrays.take(in.interval * kLanes);
-    steps.y = arrays.take(in.interval * kLanes);
-    float *const B = arrays.take(in.interval * in.states), *const C = arrays.take(in.interval * in.states);
-    steps.B = B;
-    steps.C = C;
-    steps.states = in.states;
-    gather_rates(in, channels, rates, greatest_rate);
-    gather_state(in, channels, args.initial, state);
+class Piece {
+ public:
+  Piece(const SelectiveScanForward& args, int64_t piece)
+      : args_(args),
+        in_(args.inputs),
+        channels_(Channels::of(in_, piece)),
+        per_vector_(in_.states * kLanes),
+        memory_(channels_.vectors * (2 * per_vector_ + kLanes) + in_.interval * (4 * kLanes + 2 * in_.states)) {
+    if (memory_.get() == nullptr) return;
+    Arrays arrays(memory_.get());
+    rates_ = arrays.take(channels_.vectors * per_vector_);
+    states_ = arrays.take(channels_.vectors * per_vector_);
+    greatest_rate_ = arrays.take(channels_.vectors * kLanes);
+    gates_ = arrays.take(in_.interval * kLanes);
+    steps_.step = arrays.take(in_.interval * kLanes);
+    steps_.update = arrays.take(in_.interval * kLanes);
+    steps_.y = arrays.take(in_.interval * kLanes);
+    B_ = arrays.take(in_.interval * in_.states);
+    C_ = arrays.take(in_.interval * in_.states);
+    steps_.B = B_;
+    steps_.C = C_;
+    steps_.states = in_.states;
+  }
 
-    for (int64_t index = 0; index < tiles; ++index) {
-      const Tile tile = Tile::at(in, channels.batch, in.reverse ? tiles - 1 - index : index);
-      steps.count = tile.count;
-      gather_states<T>(in.B, tile, in.states, B);
-      gather_states<T>(in.C, tile, in.states, C);
-      for (int64_t v = 0; v < channels.vectors; ++v) {
-        const int64_t channel = channels.channel(v);
-        const int lanes = channels.lanes(v);
-        float *const s = state + v * per_vector, *const A = rates + v * per_vector;
-        if (args.kept != nullptr) {
-          float* kept = args.kept + (tile.index * in.batch + tile.batch) * in.states * in.width + channel;
-          for (int64_t n = 0; n < in.states; ++n) store_some(kept + n * in.width, load(s + n * kLanes), lanes);
-        }
-        const Vec greatest_step = prepare<T>(in, tile, channel, lanes, steps, gates);
-        if (in_range(greatest_step, load(greatest_rate + v * kLanes))) {
-          walk_all<false>(steps, A, s);
-        } else {
-          walk_all<true>(steps, A, s);
-        }
-        for (int64_t t = 0; t < tile.count; ++t) {
-          Vec y = load(steps.y + t * kLanes);
-          if (in.z.data != nullptr) y *= load(gates + t * kLanes);
-          store_some(row_of<T>(args.y, tile, t) + channel, y, lanes);
-        }
+  bool has_memory() const { return memory_.get() != nullptr; }
+
+  void run() {
+    const int64_t tiles = (in_.tokens + in_.interval - 1) / in_.interval;
+    gather_rates(in_, channels_, rates_, greatest_rate_);
+    gather_state(in_, channels_, args_.initial, states_);
+    for (int64_t i = 0; i < tiles; ++i) {
+      const Tile tile = Tile::at(in_, channels_.batch, in_.reverse ? tiles - 1 - i : i);
+      steps_.count = tile.count;
+      gather_states<T>(in_.B, tile, in_.states, B_);
+      gather_states<T>(in_.C, tile, in_.states, C_);
+      for (int64_t v = 0; v < channels_.vectors; ++v) {
+        if (args_.kept != nullptr) keep(tile, v);
+        run_tile(tile, v);
       }
     }
-    scatter_state(in, channels, state, args.final);
+    scatter_state(in_, channels_, states_, args_.final);
+  }
+
+ private:
+  void keep(const Tile& tile, int64_t v) const {
+    float* const kept = args_.kept + (tile.index * in_.batch + tile.batch) * in_.states * in_.width;
+    for (int64_t n = 0; n < in_.states; ++n) {
+      const Vec state = load(states_ + v * per_vector_ + n * kLanes);
+      store_some(kept + n * in_.width + channels_.channel(v), state, channels_.lanes(v));
+    }
+  }
+
+  void run_tile(const Tile& tile, int64_t v) const {
+    const int64_t channel = channels_.channel(v);
+    const int lanes = channels_.lanes(v);
+    const Vec greatest_step = prepare<T>(in_, tile, channel, lanes, steps_, gates_);
+    if (in_range(greatest_step, load(greatest_rate_ + v * kLanes))) {
+      walk_all<false>(steps_, rates_ + v * per_vector_, states_ + v * per_vector_);
+    } else {
+      walk_all<true>(steps_, rates_ + v * per_vector_, states_ + v * per_vector_);
+    }
+    for (int64_t t = 0; t < tile.count; ++t) {
+      Vec y = load(steps_.y + t * kLanes);
+      if (in_.z.data != nullptr) y *= load(gates_ + t * kLanes);
+      store_some(row_of<T>(args_.y, tile, t) + channel, y, lanes);
+    }
+  }
+
+  const SelectiveScanForward& args_;
+  const SelectiveScan& in_;
+  const Channels channels_;
+  const int64_t per_vector_;
+  const Scratch memory_;
+  Steps steps_;
+  float *rates_, *states_, *greatest_rate_, *gates_, *B_, *C_;
+};
+
+template <typename T>
+int32_t forward(const SelectiveScanForward& args) {
+  int32_t status = kDone;
+  parallel_for(args.inputs.threads, args.inputs.batch * Channels::groups(args.inputs), [&](int64_t index) {
+    Piece<T> piece(args, index);
+    if (piece.has_memory()) {
+      piece.run();
+    } else {
+      status = kOutOfMemory;
+    }
   });
   return status;
 }

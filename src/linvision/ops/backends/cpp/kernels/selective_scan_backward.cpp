@@ -48,15 +48,13 @@ struct Lanes {
 template <int K, bool kClamp>
 void walk(const Block& tile, const Steps& steps, int64_t n, const float* rates) {
   const float *B = tile.B + n, *C = tile.C + n;
-  float *decays = tile.decays, *states = tile.states;
   Vec s[K];
-  for (int k = 0; k < K; ++k) s[k] = load(states + k * kLanes);
+  for (int k = 0; k < K; ++k) s[k] = load(tile.states + k * kLanes);
   rates += n * kLanes;
   for (int64_t t = 0; t < tile.count; ++t, B += tile.num_states, C += tile.num_states) {
     const Vec step = load(steps.step + t * kLanes), update = load(steps.update + t * kLanes);
     Vec y = {};
-    decays = tile.decays + t * K * kLanes;
-    states = tile.states + (t + 1) * K * kLanes;
+    float *decays = tile.decays + t * K * kLanes, *states = tile.states + (t + 1) * K * kLanes;
 #pragma GCC unroll 8
     for (int k = 0; k < K; ++k) {
       const Vec decay = decay_of<kClamp>(step * load(rates + k * kLanes));
@@ -120,25 +118,20 @@ class Piece {
         memory_(channels_.vectors * (3 * per_vector_ + (2 + kStepArrays * in_.interval) * kLanes) +
                 in_.interval * (4 * kStates * kLanes + 2 * in_.states) + kStates * kLanes) {
     if (memory_.get() == nullptr) return;
-    float* next = memory_.get();
-    const auto take = [&](int64_t floats) {
-      float* const taken = next;
-      next += floats;
-      return taken;
-    };
+    Arrays arrays(memory_.get());
     const int64_t vectors = channels_.vectors, of_tile = in_.interval * kStates * kLanes;
-    rates_ = take(vectors * per_vector_);
-    carry_ = take(vectors * per_vector_);
-    dA_ = take(vectors * per_vector_);
-    greatest_rate_ = take(vectors * kLanes);
-    clamps_ = take(vectors * kLanes);
-    block_.decays = take(of_tile);
-    block_.states = take(of_tile + kStates * kLanes);
-    block_.dB = take(of_tile);
-    block_.dC = take(of_tile);
-    steps_ = take(vectors * kStepArrays * in_.interval * kLanes);
-    B_ = take(in_.interval * in_.states);
-    C_ = take(in_.interval * in_.states);
+    rates_ = arrays.take(vectors * per_vector_);
+    carry_ = arrays.take(vectors * per_vector_);
+    dA_ = arrays.take(vectors * per_vector_);
+    greatest_rate_ = arrays.take(vectors * kLanes);
+    clamps_ = arrays.take(vectors * kLanes);
+    block_.decays = arrays.take(of_tile);
+    block_.states = arrays.take(of_tile + kStates * kLanes);
+    block_.dB = arrays.take(of_tile);
+    block_.dC = arrays.take(of_tile);
+    steps_ = arrays.take(vectors * kStepArrays * in_.interval * kLanes);
+    B_ = arrays.take(in_.interval * in_.states);
+    C_ = arrays.take(in_.interval * in_.states);
   }
 
   bool has_memory() const { return memory_.get() != nullptr; }
@@ -161,6 +154,7 @@ class Piece {
       for (int64_t v = 0; v < channels_.vectors; ++v) prepare(tile, v);
       int64_t n = 0;
       for (; n + kStates <= in_.states; n += kStates) run_block<kStates>(tile, n);
+      for (; n + 4 <= in_.states; n += 4) run_block<4>(tile, n);
       for (; n < in_.states; ++n) run_block<1>(tile, n);
       for (int64_t v = 0; v < channels_.vectors; ++v) finish(tile, v);
     }
