@@ -1,18 +1,29 @@
-"""The selective scan: golden cases, its tiled form against the definition, states, gradients and how torch sees it."""
+"""The selective scan in every backend: golden cases, definition, states, gradients, layouts and how torch sees it."""
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from linvision.ops import _selective_scan_tiled as tiled
 from linvision.ops import selective_scan, selective_scan_sequential
+from linvision.ops._dispatch import BackendError, use_backend
+from linvision.ops.backends.cpp.library import LEVELS, level, library, missing
+from linvision.ops.selective_scan import BODIES
 from tests import goldens
 
 FORMS = [selective_scan, selective_scan_sequential]
 TOKENS = ("u", "delta", "B", "C", "z")
+
+
+@pytest.fixture(params=["plain", "cpp"])
+def backend(request):
+    if request.param == "cpp" and missing() is not None:
+        pytest.skip(f"the C++ kernels are {missing()}")
+    with use_backend(request.param):
+        yield request.param
 
 
 def random_inputs(
@@ -39,6 +50,10 @@ def random_inputs(
     if options:
         inputs |= {"D": random(width), "z": random(batch, num_tokens, width), "delta_bias": random(width).abs()}
         inputs |= {"initial_state": random(batch, width, num_states)}
+    return rounded(inputs, dtype)
+
+
+def rounded(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return {name: x.to(dtype if name in TOKENS else wide) for name, x in inputs.items()}
 
@@ -58,11 +73,34 @@ def gradients(form, inputs: dict[str, Tensor], **options) -> tuple[Tensor, Tenso
     return y.detach(), state.detach(), {name: x.grad for name, x in leaves.items()}
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def assert_as_exact(inputs: dict[str, Tensor], *, bound: float = 1e-5, **options) -> None:
+    """Hold the op, in the backend of the test, against plain float64 of the same numbers."""
+    y, state, ours = gradients(selective_scan, inputs, **options)
+    exact = {name: x.double() for name, x in inputs.items()}
+    with use_backend("plain"):
+        expected_y, expected_state, expected = gradients(selective_scan, exact, **options)
+    assert goldens.relative_error(y, expected_y) < bound
+    assert goldens.relative_error(state, expected_state) < bound
+    for name, gradient in expected.items():
+        assert ours[name].dtype == inputs[name].dtype
+        error = (ours[name].double() - gradient).norm() / gradient.norm().clamp_min(1e-3)
+        assert error < bound, f"gradient of {name}: relative error {error:.1e}"
+
+
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "backend", "dtype"),
+    [
+        (selective_scan, "plain", torch.float64),
+        (selective_scan, "plain", torch.float32),
+        (selective_scan, "cpp", torch.float32),
+        (selective_scan_sequential, "plain", torch.float64),
+        (selective_scan_sequential, "plain", torch.float32),
+    ],
+    indirect=["backend"],
+)
 @pytest.mark.parametrize("name", goldens.names("op_scan"))
-def test_golden(name, form, reverse, dtype):
+def test_golden(name, form, backend, reverse, dtype):
     case = goldens.load_op_case(name, dtype)
 
     def in_order(x: Tensor) -> Tensor:
@@ -80,7 +118,7 @@ def test_golden(name, form, reverse, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_large_steps_stay_finite_in_half_precision(dtype):
+def test_large_steps_stay_finite_in_half_precision(backend, dtype):
     case = goldens.load_op_case("op_scan_large_delta", dtype)
     keys = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
     inputs = {key: (case[key].transpose(1, 2) if case[key].ndim == 3 else case[key]).requires_grad_() for key in keys}
@@ -129,6 +167,131 @@ def test_every_cut_covers_each_token_of_each_sequence_once(batch, num_tokens, wi
     assert tiling.tokens(from_the_end=True) == tiling.tokens(from_the_end=False)[::-1]
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("num_states", [1, 3, 16, 64])
+@pytest.mark.parametrize("num_tokens", [1, 63, 65, 300])
+def test_float32_against_float64(num_tokens, num_states, reverse, backend):
+    inputs = random_inputs(num_tokens, width=21, num_states=num_states, dtype=torch.float32)
+    assert_as_exact(inputs, reverse=reverse)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_half_precision_against_float64(reverse, dtype, bound, backend):
+    assert_as_exact(random_inputs(65, width=21, num_states=16, dtype=dtype), bound=bound, reverse=reverse)
+
+
+@pytest.mark.parametrize("wanted", LEVELS)
+@pytest.mark.parametrize("num_states", [7, 16])
+@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+def test_every_instruction_set_that_this_cpu_has(wanted, num_states, backend):
+    kernels, before = library(), LEVELS.index(level())
+    assert kernels is not None
+    if LEVELS.index(wanted) > before:
+        pytest.skip(f"this CPU has no {wanted}")
+    try:
+        kernels.linvision_set_level(LEVELS.index(wanted))
+        assert level() == wanted
+        for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 8e-3)):
+            assert_as_exact(random_inputs(37, width=21, num_states=num_states, dtype=dtype), bound=bound)
+            large = {"A": -torch.linspace(0, 300, 21 * num_states).view(21, num_states)}
+            assert_as_exact(random_inputs(37, width=21, num_states=num_states, dtype=dtype) | large, bound=bound)
+    finally:
+        kernels.linvision_set_level(before)
+
+
+def test_threads_share_the_work_of_any_batch(backend):
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for batch in (1, 3):
+                inputs = random_inputs(50, batch=batch, width=200, num_states=16, dtype=torch.float32)
+                assert_as_exact(inputs)
+                results.append(selective_scan(**inputs, delta_softplus=True))
+    finally:
+        torch.set_num_threads(before)
+    for one, two in zip(results[:2], results[2:], strict=True):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+def test_backends_leave_each_other_the_same_states(reverse, backend):
+    inputs = random_inputs(70, width=21, num_states=5, dtype=torch.float32)
+    A = inputs["A"].mT.contiguous()
+    given = {name: x for name, x in inputs.items() if name not in ("A", "initial_state")}
+    shared = tiled.Inputs(**given, A=A, delta_softplus=True, reverse=reverse)
+    ours = BODIES.bodies["cpp"].forward(shared, inputs["initial_state"], True)
+    plain = tiled.forward(shared, inputs["initial_state"], True)
+    for actual, expected in zip(ours, plain, strict=True):
+        torch.testing.assert_close(actual, expected)
+    dy = torch.randn(plain[0].shape, generator=torch.Generator().manual_seed(0))
+    expected = tiled.backward(shared, plain[2], dy, plain[1])
+    actual = BODIES.bodies["cpp"].backward(shared, plain[2], dy, plain[1])
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-4, atol=1e-4)
+
+
+def strided(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Make views of the inputs as models do, halves of u and z, pieces of B and C, and some without unit strides."""
+    views = dict(inputs)
+    if "z" in inputs:
+        views["u"], views["z"] = torch.cat([inputs["u"], inputs["z"]], dim=-1).chunk(2, dim=-1)
+    sizes = [3, inputs["B"].shape[-1], inputs["C"].shape[-1]]
+    padding = inputs["B"].new_zeros(*inputs["B"].shape[:2], 3)
+    _, views["B"], views["C"] = torch.cat([padding, inputs["B"], inputs["C"]], dim=-1).split(sizes, dim=-1)
+    views["delta"] = inputs["delta"].permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    views["A"] = inputs["A"].mT.contiguous().mT
+    return views
+
+
+def test_views_of_the_layouts_that_models_use(backend):
+    inputs = random_inputs(70, width=32, num_states=16, dtype=torch.float32)
+    views = strided(inputs)
+    assert not any(views[name].is_contiguous() for name in ("u", "z", "B", "C", "delta", "A"))
+    expected = selective_scan(**inputs, delta_softplus=True)
+    torch.testing.assert_close(selective_scan(**views, delta_softplus=True), expected, rtol=0, atol=0)
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    weight = torch.linspace(-1, 1, expected.numel()).view_as(expected.mT).mT
+    ours = torch.autograd.grad((selective_scan(**strided(inputs)) * weight).sum(), leaves)
+    expected = torch.autograd.grad((selective_scan(**inputs) * weight.contiguous()).sum(), leaves)
+    for gradient, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(gradient, other)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    batch=st.integers(1, 4),
+    num_tokens=st.integers(1, 50),
+    width=st.integers(1, 40),
+    num_states=st.integers(1, 20),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    options=st.booleans(),
+    views=st.booleans(),
+    reverse=st.booleans(),
+)
+def test_any_shape(batch, num_tokens, width, num_states, dtype, options, views, reverse, backend):
+    inputs = random_inputs(num_tokens, batch=batch, width=width, num_states=num_states, dtype=dtype, options=options)
+    bound = 1e-5 if dtype == torch.float32 else 1e-2
+    assert_as_exact(strided(inputs) if views else inputs, bound=bound, reverse=reverse)
+
+
+@pytest.mark.parametrize("name", ["u", "delta", "B", "z", "A", "initial_state"])
+def test_nan_is_not_lost(name, backend):
+    inputs = random_inputs(20, width=21, dtype=torch.float32)
+    inputs[name].view(-1)[0] = torch.nan
+    y = selective_scan(**inputs, delta_softplus=True)
+    assert y[0, 0, 0].isnan()
+    assert y[1].isfinite().all() or name == "A"
+
+
+def test_cpp_leaves_float64_to_plain():
+    with use_backend("cpp"), pytest.raises(BackendError, match=r"float64|not compiled"):
+        selective_scan(**random_inputs(5))
+
+
 def test_reverse_is_the_flipped_sequence_flipped_back():
     inputs = random_inputs(150)
     flipped = {name: x.flip(1) if name in TOKENS else x for name, x in inputs.items()}
@@ -175,15 +338,15 @@ def test_positive_rates_and_any_decay_are_taken_as_they_are():
     torch.testing.assert_close(ours["A"], expected["A"])
 
 
-def test_float32_is_as_exact_as_the_sequential_definition():
+def test_float32_is_as_exact_as_the_sequential_definition(backend):
     exact = selective_scan_sequential(**random_inputs(700, width=16, num_states=16), delta_softplus=True)
-    rounded = random_inputs(700, width=16, num_states=16, dtype=torch.float32)
-    ours = goldens.relative_error(selective_scan(**rounded, delta_softplus=True), exact)
-    sequential = goldens.relative_error(selective_scan_sequential(**rounded, delta_softplus=True), exact)
+    inputs = random_inputs(700, width=16, num_states=16, dtype=torch.float32)
+    ours = goldens.relative_error(selective_scan(**inputs, delta_softplus=True), exact)
+    sequential = goldens.relative_error(selective_scan_sequential(**inputs, delta_softplus=True), exact)
     assert ours < 2 * sequential
 
 
-def test_autocast_leaves_the_inside_in_float32():
+def test_autocast_leaves_the_inside_in_float32(backend):
     inputs = {name: x.requires_grad_() for name, x in random_inputs(70, dtype=torch.float32).items()}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = selective_scan(**inputs)
@@ -225,14 +388,14 @@ def test_nothing_as_large_as_all_states_is_kept_for_the_backward_pass():
 
 @pytest.mark.parametrize("options", [False, True])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_torch_accepts_the_operator(options, reverse):
+def test_torch_accepts_the_operator(backend, options, reverse):
     inputs = random_inputs(37, options=options, dtype=torch.float32)
     names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
     tensors = [inputs[name].requires_grad_() if name in inputs else None for name in names]
     torch.library.opcheck(torch.ops.linvision.selective_scan, (*tensors, options, reverse, True))
 
 
-def test_compile_and_export():
+def test_compile_and_export(backend):
     inputs = random_inputs(37, dtype=torch.float32)
     torch._dynamo.reset()
     compiled = torch.compile(
@@ -299,7 +462,13 @@ def test_an_empty_sequence_is_refused():
         selective_scan(**random_inputs(0))
 
 
-def test_an_empty_batch_has_an_empty_answer():
-    y, state = selective_scan(**random_inputs(5, batch=0), return_state=True)
+def test_an_empty_batch_has_an_empty_answer(backend):
+    inputs = {name: x.requires_grad_() for name, x in random_inputs(5, batch=0, dtype=torch.float32).items()}
+    y, state = selective_scan(**inputs, return_state=True)
     assert y.shape == (0, 5, 6)
     assert state.shape == (0, 6, 4)
+    (y.sum() + state.sum()).backward()
+    for name, x in inputs.items():
+        assert x.grad is not None
+        assert x.grad.shape == x.shape
+        assert (x.grad == 0).all(), name

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
+DEVICE = None
+
 # Sizes of a tile on a CPU, in elements of (rows, tokens, N, E) per thread: one step of the recurrence is large enough
 # to be shared by the threads where the batch allows it, a tile's two or three buffers fit into the caches. Elsewhere
 # launching kernels is what costs, so tiles are larger.
@@ -56,6 +58,11 @@ class Inputs:
     @property
     def state_dtype(self) -> torch.dtype:
         return self.A.dtype
+
+
+def refuses(*tensors: Tensor | None) -> str | None:
+    """Say why these inputs cannot be computed: never."""
+    return None
 
 
 def forward(inputs: Inputs, initial_state: Tensor | None, keep_states: bool) -> tuple[Tensor, Tensor, Tensor]:

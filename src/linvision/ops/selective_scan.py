@@ -17,7 +17,11 @@ from torch.nn.functional import silu, softplus
 from torch.utils.flop_counter import register_flop_formula
 
 from linvision.ops import _selective_scan_tiled
+from linvision.ops._dispatch import Dispatcher
 from linvision.ops._selective_scan_tiled import Inputs
+from linvision.ops.backends.cpp import selective_scan as cpp_selective_scan
+
+BODIES = Dispatcher("selective_scan", {"cpp": cpp_selective_scan, "plain": _selective_scan_tiled})
 
 
 def selective_scan(
@@ -181,9 +185,10 @@ def _selective_scan(
     reverse: bool,
     keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = Inputs(u, delta, A.mT.contiguous(), B, C, D, z, delta_bias, delta_softplus, reverse)
+    body, A = BODIES.choose(u, delta, A, B, C), A.mT.contiguous()
+    inputs = Inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
     with torch.autocast(u.device.type, enabled=False):
-        return _selective_scan_tiled.forward(inputs, initial_state, keep_states)
+        return body.forward(inputs, initial_state, keep_states)
 
 
 @_selective_scan.register_fake
@@ -214,9 +219,10 @@ def _selective_scan_backward(
     reverse: bool,
 ) -> list[Tensor]:
     """Return the gradients of u, delta, A, B, C, initial_state, then those given of D, z, delta_bias, in this order."""
-    inputs = Inputs(u, delta, A.mT.contiguous(), B, C, D, z, delta_bias, delta_softplus, reverse)
+    body, A = BODIES.choose(u, delta, A, B, C), A.mT.contiguous()
+    inputs = Inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
     with torch.autocast(u.device.type, enabled=False):
-        gradients = _selective_scan_tiled.backward(inputs, kept, dy, d_state)
+        gradients = body.backward(inputs, kept, dy, d_state)
     gradients["A"] = gradients["A"].mT.contiguous()
     order = ("u", "delta", "A", "B", "C", "initial_state", "D", "z", "delta_bias")
     return [gradients[name] for name in order if name in gradients]

@@ -8,18 +8,26 @@
 #define LINVISION_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
+// Every kernel with the structure of its arguments.
+#define LINVISION_KERNELS(X)                          \
+  X(mlstm_forward, MlstmForward)                      \
+  X(mlstm_backward, MlstmBackward)                    \
+  X(selective_scan_forward, SelectiveScanForward)     \
+  X(selective_scan_backward, SelectiveScanBackward)
+
 namespace linvision {
 
-#define LINVISION_KERNELS(ISA)                    \
-  namespace ISA {                                 \
-  int32_t mlstm_forward(const MlstmForward&);     \
-  int32_t mlstm_backward(const MlstmBackward&);   \
-  }
-
-LINVISION_KERNELS(baseline)
+#define LINVISION_DECLARE(kernel, Arguments) int32_t kernel(const Arguments&);
+namespace baseline {
+LINVISION_KERNELS(LINVISION_DECLARE)
+}
 #if defined(LINVISION_X86)
-LINVISION_KERNELS(avx2)
-LINVISION_KERNELS(avx512)
+namespace avx2 {
+LINVISION_KERNELS(LINVISION_DECLARE)
+}
+namespace avx512 {
+LINVISION_KERNELS(LINVISION_DECLARE)
+}
 #endif
 
 namespace {
@@ -43,21 +51,25 @@ const Level kBest = detect();
 Level level = kBest;
 
 }  // namespace
-
-#if defined(LINVISION_X86)
-#define LINVISION_RUN(kernel, args)               \
-  switch (level) {                                \
-    case kAvx512: return avx512::kernel(args);    \
-    case kAvx2: return avx2::kernel(args);        \
-    default: return baseline::kernel(args);       \
-  }
-#else
-#define LINVISION_RUN(kernel, args) return baseline::kernel(args)
-#endif
-
 }  // namespace linvision
 
 using namespace linvision;
+
+#if defined(LINVISION_X86)
+#define LINVISION_EXPORT_KERNEL(kernel, Arguments)                          \
+  LINVISION_EXPORT int32_t linvision_##kernel(const Arguments* arguments) { \
+    switch (level) {                                                        \
+      case kAvx512: return avx512::kernel(*arguments);                      \
+      case kAvx2: return avx2::kernel(*arguments);                          \
+      default: return baseline::kernel(*arguments);                         \
+    }                                                                       \
+  }
+#else
+#define LINVISION_EXPORT_KERNEL(kernel, Arguments) \
+  LINVISION_EXPORT int32_t linvision_##kernel(const Arguments* arguments) { return baseline::kernel(*arguments); }
+#endif
+
+LINVISION_KERNELS(LINVISION_EXPORT_KERNEL)
 
 LINVISION_EXPORT int32_t linvision_level() { return level; }
 
@@ -66,7 +78,3 @@ LINVISION_EXPORT int32_t linvision_set_level(int32_t wanted) {
   level = wanted < 0 || wanted > kBest ? kBest : static_cast<Level>(wanted);
   return level;
 }
-
-LINVISION_EXPORT int32_t linvision_mlstm_forward(const MlstmForward* args) { LINVISION_RUN(mlstm_forward, *args); }
-
-LINVISION_EXPORT int32_t linvision_mlstm_backward(const MlstmBackward* args) { LINVISION_RUN(mlstm_backward, *args); }
