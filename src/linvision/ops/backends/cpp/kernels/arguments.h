@@ -36,4 +36,31 @@ struct MlstmBackward {
   int32_t dtype, reverse, threads;
 };
 
+// Tokens (B, rows, columns, channels), channels contiguous.
+struct Grid {
+  void* data;
+  int64_t batch, row, column;
+};
+
+struct ConvShape {
+  int64_t batch, rows, columns, channels, kernel_rows, kernel_columns;
+  int64_t top, left;  // taps before the token's own
+};
+
+struct DepthwiseConvForward {
+  Grid x, y;
+  const float *weight, *bias;  // (channels, kernel_rows, kernel_columns) and, where given, (channels,)
+  ConvShape shape;
+  int32_t dtype, silu, reverse, threads;
+};
+
+struct DepthwiseConvBackward {
+  Grid x, dy, dx;
+  Grid d_sum;  // float32, for the gradient before the activation; only with one
+  const float *weight, *bias;
+  float *dweight, *dbias;
+  ConvShape shape;
+  int32_t dtype, silu, reverse, threads;
+};
+
 }  // namespace linvision

@@ -10,9 +10,11 @@
 
 namespace linvision {
 
-#define LINVISION_KERNELS(ISA)                    \
-  namespace ISA {                                 \
-  int32_t mlstm_forward(const MlstmForward&);     \
+#define LINVISION_KERNELS(ISA)                                       \
+  namespace ISA {                                                    \
+  int32_t mlstm_forward(const MlstmForward&);                        \
+  int32_t depthwise_conv_forward(const DepthwiseConvForward&);       \
+  int32_t depthwise_conv_backward(const DepthwiseConvBackward&);     \
   }
 
 LINVISION_KERNELS(baseline)
@@ -67,3 +69,11 @@ LINVISION_EXPORT int32_t linvision_set_level(int32_t wanted) {
 }
 
 LINVISION_EXPORT int32_t linvision_mlstm_forward(const MlstmForward* args) { LINVISION_RUN(mlstm_forward, *args); }
+
+LINVISION_EXPORT int32_t linvision_depthwise_conv_forward(const DepthwiseConvForward* args) {
+  LINVISION_RUN(depthwise_conv_forward, *args);
+}
+
+LINVISION_EXPORT int32_t linvision_depthwise_conv_backward(const DepthwiseConvBackward* args) {
+  LINVISION_RUN(depthwise_conv_backward, *args);
+}

@@ -1,0 +1,59 @@
+// What the kernels that walk along the channels of tokens share.
+
+#pragma once
+
+#include "simd.h"
+
+namespace linvision {
+namespace LINVISION_ISA {
+
+struct WholeVector {
+  static constexpr bool value = true;
+};
+
+struct PartOfVector {
+  static constexpr bool value = false;
+};
+
+// Calls body(WholeVector or PartOfVector, c, number of channels left) for every vector of channels.
+template <typename Body>
+LINVISION_INLINE void each_vector(int64_t channels, const Body& body) {
+  int64_t c = 0;
+  for (; c + kLanes <= channels; c += kLanes) body(WholeVector{}, c, kLanes);
+  if (c < channels) body(PartOfVector{}, c, static_cast<int>(channels - c));
+}
+
+template <bool kWhole, typename T>
+LINVISION_INLINE Vec load_channels(const T* p, int n) {
+  if constexpr (kWhole) {
+    return load(p);
+  } else {
+    return load_some(p, n);
+  }
+}
+
+template <bool kWhole, typename T>
+LINVISION_INLINE void store_channels(T* p, Vec x, int n) {
+  if constexpr (kWhole) {
+    store(p, x);
+  } else {
+    store_some(p, x, n);
+  }
+}
+
+// The derivative of x sigmoid(x), given sigmoid(x) or not.
+LINVISION_INLINE Vec silu_slope(Vec x, Vec sigmoid_of_x) { return sigmoid_of_x * (1.0f + x * (1.0f - sigmoid_of_x)); }
+
+LINVISION_INLINE Vec silu_slope(Vec x) { return silu_slope(x, sigmoid(x)); }
+
+// Adds all parts, one after the other in memory, to the first; their size is a multiple of kLanes.
+LINVISION_INLINE void add_parts(float* parts, int64_t num_parts, int64_t size) {
+  for (int64_t part = 1; part < num_parts; ++part) {
+    for (int64_t j = 0; j < size; j += kLanes) store(parts + j, load(parts + j) + load(parts + part * size + j));
+  }
+}
+
+LINVISION_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+}  // namespace LINVISION_ISA
+}  // namespace linvision
