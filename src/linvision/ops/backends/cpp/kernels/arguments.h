@@ -63,4 +63,41 @@ struct DepthwiseConvBackward {
   int32_t dtype, silu, reverse, threads;
 };
 
+struct QkvForward {
+  Strided c, x, q, k, v;                              // (B, S, E)
+  float *i, *f;                                       // (B, S, H), contiguous
+  const float *weights[3], *biases[3];                // (E / 4, 4, 4) and, where given, (E,), of q, k and v
+  const float *gate_weights[2], *gate_biases[2];      // (H, 3 E) and (H,), of i and f
+  int64_t batch, tokens, width, heads;
+  int32_t dtype, threads;
+};
+
+struct QkvBackward {
+  Strided c, x, dq, dk, dv, dc, dx;
+  const float *di, *df;
+  const float *weights[3], *biases[3], *gate_weights[2];
+  float *dweights[3], *dbiases[3], *dgate_weights[2], *dgate_biases[2];
+  int64_t batch, tokens, width, heads;
+  int32_t dtype, threads;
+};
+
+struct GatedNormForward {
+  Strided h;        // (B, S, H, D)
+  Strided c, z, y;  // (B, S, E)
+  const float *weight, *bias, *skip;
+  int64_t batch, tokens, heads, head_dim;
+  float eps;
+  int32_t dtype, threads;
+};
+
+struct GatedNormBackward {
+  Strided h, dh;             // (B, S, H, D)
+  Strided c, z, dy, dc, dz;  // (B, S, E)
+  const float *weight, *bias, *skip;
+  float *dweight, *dbias, *dskip;
+  int64_t batch, tokens, heads, head_dim;
+  float eps;
+  int32_t dtype, threads;
+};
+
 }  // namespace linvision

@@ -15,6 +15,10 @@ namespace linvision {
   int32_t mlstm_forward(const MlstmForward&);                        \
   int32_t depthwise_conv_forward(const DepthwiseConvForward&);       \
   int32_t depthwise_conv_backward(const DepthwiseConvBackward&);     \
+  int32_t qkv_forward(const QkvForward&);                            \
+  int32_t qkv_backward(const QkvBackward&);                          \
+  int32_t gated_norm_forward(const GatedNormForward&);               \
+  int32_t gated_norm_backward(const GatedNormBackward&);             \
   }
 
 LINVISION_KERNELS(baseline)
@@ -76,4 +80,16 @@ LINVISION_EXPORT int32_t linvision_depthwise_conv_forward(const DepthwiseConvFor
 
 LINVISION_EXPORT int32_t linvision_depthwise_conv_backward(const DepthwiseConvBackward* args) {
   LINVISION_RUN(depthwise_conv_backward, *args);
+}
+
+LINVISION_EXPORT int32_t linvision_qkv_forward(const QkvForward* args) { LINVISION_RUN(qkv_forward, *args); }
+
+LINVISION_EXPORT int32_t linvision_qkv_backward(const QkvBackward* args) { LINVISION_RUN(qkv_backward, *args); }
+
+LINVISION_EXPORT int32_t linvision_gated_norm_forward(const GatedNormForward* args) {
+  LINVISION_RUN(gated_norm_forward, *args);
+}
+
+LINVISION_EXPORT int32_t linvision_gated_norm_backward(const GatedNormBackward* args) {
+  LINVISION_RUN(gated_norm_backward, *args);
 }
