@@ -1,9 +1,11 @@
 """Block-diagonal projections and the inputs of ViL's mLSTM that they give, channels last.
 
-A block-diagonal projection maps each group of 4 channels by a matrix of its own, y[4g + o] = bias[4g + o] + sum over i of
-weight[g, o, i] x[4g + i]. Vision-LSTM (arXiv 2406.04303, after the block-diagonal projections of xLSTM, arXiv
-2405.04517, figure 11) takes queries and keys from the convolved tokens c, values from the tokens x, and the gates'
-pre-activations from all three:
+A block-diagonal projection maps each group of 4 channels by a matrix of its own,
+
+    y[4g + o] = bias[4g + o] + sum over i of weight[g, o, i] x[4g + i]
+
+Vision-LSTM (arXiv 2406.04303; the projections are those of xLSTM, arXiv 2405.04517, figure 11) takes queries and keys
+from the convolved tokens c, values from the tokens x, and the gates' pre-activations from all three:
 
     q, k, v = P_q c, P_k c, P_v x        i = W_i [q, k, v] + b_i        f = W_f [q, k, v] + b_f
 """
@@ -103,7 +105,18 @@ def _check(c: Tensor, x: Tensor, *parameters: Tensor | None) -> None:
         raise ValueError(f"mlstm_inputs: needs at least one channel and head but c is {tuple(c.shape)}")
     blocks, gate = (width // BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE), (num_heads, 3 * width)
     needed = [blocks] * 3 + [(width,)] * 3 + [gate] * 2 + [(num_heads,)] * 2
-    names = ("q.weight", "k.weight", "v.weight", "q.bias", "k.bias", "v.bias", "i.weight", "f.weight", "i.bias", "f.bias")
+    names = (
+        "q.weight",
+        "k.weight",
+        "v.weight",
+        "q.bias",
+        "k.bias",
+        "v.bias",
+        "i.weight",
+        "f.weight",
+        "i.bias",
+        "f.bias",
+    )
     for name, parameter, shape in zip(names, parameters, needed, strict=True):
         if parameter is None:
             continue
@@ -136,7 +149,11 @@ def _plain(
     i_bias: Tensor,
     f_bias: Tensor,
 ) -> Five:
-    q, k, v = block_diagonal(c, q_weight, q_bias), block_diagonal(c, k_weight, k_bias), block_diagonal(x, v_weight, v_bias)
+    q, k, v = (
+        block_diagonal(c, q_weight, q_bias),
+        block_diagonal(c, k_weight, k_bias),
+        block_diagonal(x, v_weight, v_bias),
+    )
     # One pre-activation per token, head and gate: a Linear of concat(q, k, v), as three products without the copy.
     gates, weight = torch.cat([i_bias, f_bias]).to(c.dtype), torch.cat([i_weight, f_weight]).to(c.dtype)
     for source, part in zip((q, k, v), weight.chunk(3, dim=1), strict=True):
@@ -178,7 +195,9 @@ def _mlstm_inputs(
 @_mlstm_inputs.register_fake
 def _(c, x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, i_weight, f_weight, i_bias, f_bias):
     dtype = torch.promote_types(c.dtype, torch.float32)
-    return *(c.new_empty(c.shape) for _ in range(3)), *(c.new_empty(*c.shape[:2], len(i_bias), dtype=dtype) for _ in "if")
+    return *(c.new_empty(c.shape) for _ in range(3)), *(
+        c.new_empty(*c.shape[:2], len(i_bias), dtype=dtype) for _ in "if"
+    )
 
 
 @torch.library.custom_op("linvision::mlstm_inputs_backward", mutates_args=())

@@ -119,9 +119,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool, silu
 
 
 @torch.library.custom_op("linvision::depthwise_conv", mutates_args=())
-def _depthwise_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool, silu: bool, reverse: bool
-) -> Tensor:
+def _depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool, silu: bool, reverse: bool) -> Tensor:
     body = BODIES.choose(x, weight, bias)
     with torch.autocast(x.device.type, enabled=False):
         return body.forward(x, weight, bias, causal=causal, silu=silu, reverse=reverse)
@@ -136,9 +134,7 @@ def _(x, weight, bias, causal, silu, reverse):
 def _depthwise_conv_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool, silu: bool, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return BODIES.kernels(x, weight, bias).backward(
-        dy, x, weight, bias, causal=causal, silu=silu, reverse=reverse
-    )
+    return BODIES.kernels(x, weight, bias).backward(dy, x, weight, bias, causal=causal, silu=silu, reverse=reverse)
 
 
 @_depthwise_conv_backward.register_fake

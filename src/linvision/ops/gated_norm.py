@@ -67,9 +67,7 @@ def _check(h: Tensor, c: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None,
         raise ValueError(f"gated_head_norm: h must be of a floating-point type but is {h.dtype}")
 
 
-def _plain(
-    h: Tensor, c: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor, eps: float
-) -> Tensor:
+def _plain(h: Tensor, c: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor, eps: float) -> Tensor:
     normalised = F.layer_norm(h, h.shape[-1:], eps=eps).flatten(2)
     scale = 1 + weight
     y = normalised * scale if bias is None else torch.addcmul(bias, normalised, scale)

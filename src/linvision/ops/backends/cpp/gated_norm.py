@@ -43,9 +43,7 @@ def refuses(*tensors: Tensor | None) -> str | None:
     return missing()
 
 
-def forward(
-    h: Tensor, c: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor, eps: float
-) -> Tensor:
+def forward(h: Tensor, c: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor, eps: float) -> Tensor:
     """Normalise the heads of h (B, S, H, D), add skip * c and gate by z: (B, S, E)."""
     h_, c_, z_ = (_readable(x) for x in (h, c, z))
     parameters = [None if x is None else x.float().contiguous() for x in (weight, bias, skip)]
