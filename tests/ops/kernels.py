@@ -1,4 +1,4 @@
-"""What the tests of ops with compiled kernels share: every backend, instruction set and thread number against float64."""
+"""What the tests of ops with compiled kernels share: backends, instruction sets and threads against float64."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -116,7 +116,7 @@ def test_export():
             return project(*inputs)
 
     inputs, tokens = random_inputs(2, 5, 12, 2), torch.export.Dim("tokens", min=2, max=64)
-    shapes = ([{1: tokens}] * 2 + [None] * 10,)
+    shapes = (({1: tokens},) * 2 + (None,) * 10,)
     program = torch.export.export(Inputs(), tuple(inputs), dynamic_shapes=shapes)
     inputs[:2] = random_inputs(2, 11, 12, 2)[:2]
     torch.testing.assert_close(program.module()(*inputs), project(*inputs))
