@@ -12,6 +12,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from linvision.ops.convolution import depthwise_conv2d
 from linvision.ops.linear_attention import linear_attention
 
 PART_VALUES = 2**20  # values that ``by_parts`` holds in between: 4 MB in float32
@@ -63,7 +64,7 @@ class Depthwise(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve each channel of (B, H, W, C)."""
-        return as_map(super().forward(as_image(input)))
+        return depthwise_conv2d(input, self.weight, self.bias).contiguous()
 
 
 class PositionEncoding(nn.Module):

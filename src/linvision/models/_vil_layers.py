@@ -1,10 +1,7 @@
 """The layers of ViL (Vision-LSTM, arXiv 2406.04303), with the published parameter keys.
 
-Activations stay in token layout (B, S, channels) or, the same memory, (B, rows, columns, channels): permuted, that is
-an image in channels-last layout, which the convolutions take without a copy.
+Activations stay in token layout (B, S, channels) or, the same memory, (B, rows, columns, channels).
 """
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +9,12 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from linvision.models._backbone import resize_grid
-from linvision.ops import mlstm
+from linvision.ops.block_diagonal import BLOCK_SIZE, BlockDiagonal, Gate, block_diagonal, mlstm_inputs
+from linvision.ops.convolution import causal_conv1d, depthwise_conv2d
+from linvision.ops.gated_norm import gated_head_norm
+from linvision.ops.mlstm import mlstm
 
 NUM_HEADS = 4
-BLOCK_SIZE = 4  # of the block-diagonal q, k and v projections
 
 
 class ResidualLayerNorm(nn.Module):
@@ -32,18 +31,8 @@ class ResidualLayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, 1 + self.weight, self.bias, self.eps)
 
 
-class MultiHeadNorm(ResidualLayerNorm):
-    """ResidualLayerNorm whose statistics are those of each head: a GroupNorm over every token's channels."""
-
-    def forward(self, h: Tensor) -> Tensor:
-        """Normalise (B, S, H, D) per head and return (B, S, H * D)."""
-        h = F.layer_norm(h, h.shape[-1:], eps=self.eps).flatten(2)
-        scale = 1 + self.weight
-        return h * scale if self.bias is None else torch.addcmul(self.bias, h, scale)
-
-
 class BlockDiagonalLinear(nn.Module):
-    """Linear map with a block-diagonal matrix: output group g is weight[g] @ input group g, groups of 4 channels."""
+    """Parameters of a linear map with a block-diagonal matrix: output group g is weight[g] @ input group g."""
 
     def __init__(self, dim: int, *, bias: bool) -> None:
         super().__init__()
@@ -51,68 +40,44 @@ class BlockDiagonalLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, rows, columns, dim): a grouped 1x1 convolution, which takes channels-last memory as it is."""
-        weight = self.weight.reshape(-1, BLOCK_SIZE, 1, 1)
-        return _conv_channels_last(x, weight, self.bias, groups=len(self.weight))
+        """Map (B, S, dim)."""
+        return block_diagonal(x, self.weight, self.bias)
 
 
 class GridConv(nn.Conv2d):
-    """Depthwise 2-d convolution of a token grid; ``reverse`` turns the kernel by 180 degrees."""
+    """Depthwise 2-d convolution of a token grid, and SiLU; ``reverse`` turns the kernel by 180 degrees."""
 
     def __init__(self, dim: int, kernel_size: int, *, reverse: bool) -> None:
         super().__init__(dim, dim, kernel_size, padding=(kernel_size - 1) // 2, groups=dim)
         self.reverse = reverse
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve (B, rows, columns, dim)."""
-        weight = self.weight.flip(2, 3) if self.reverse else self.weight
-        return _conv_channels_last(x, weight, self.bias, padding=self.padding, groups=self.groups)
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Convolve (B, rows * columns, dim)."""
+        x = x.unflatten(1, grid)
+        return depthwise_conv2d(x, self.weight, self.bias, activation="silu", reverse=self.reverse).flatten(1, 2)
 
 
 class CausalConv(nn.Module):
-    """Depthwise 1-d convolution of the token sequence that sees the tokens before; with ``reverse`` those after."""
+    """Depthwise 1-d convolution that sees the tokens before, with ``reverse`` those after, and SiLU."""
 
     def __init__(self, dim: int, kernel_size: int, *, reverse: bool) -> None:
         super().__init__()
         self.conv = nn.Conv1d(dim, dim, kernel_size, groups=dim)
         self.reverse = reverse
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve (B, rows, columns, dim) along the row-major sequence."""
-        sequence = x.flatten(1, 2)
-        seen = self.conv.kernel_size[0] - 1
-        weight = self.conv.weight.flip(2) if self.reverse else self.conv.weight
-        padded = F.pad(sequence, (0, 0, 0, seen) if self.reverse else (0, 0, seen, 0))
-        return _conv_channels_last(padded[:, None], weight[:, :, None], self.conv.bias, groups=len(weight)).view(
-            x.shape
-        )
-
-
-def _conv_channels_last(x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
-    """Convolve (B, rows, columns, channels) without moving memory: permuted it is an image in channels-last layout."""
-    return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, **options).permute(0, 2, 3, 1)
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Convolve (B, rows * columns, dim) along the row-major sequence."""
+        return causal_conv1d(x, self.conv.weight, self.conv.bias, activation="silu", reverse=self.reverse)
 
 
 class MLSTMCell(nn.Module):
-    """Gates, mLSTM and its norm, with 4 heads over the inner width E."""
+    """Parameters around the mLSTM, with 4 heads over the inner width E: its gates and the norm of its heads."""
 
-    def __init__(self, dim: int, *, norm_bias: bool, reverse: bool) -> None:
+    def __init__(self, dim: int, *, norm_bias: bool) -> None:
         super().__init__()
         self.igate = nn.Linear(3 * dim, NUM_HEADS)
         self.fgate = nn.Linear(3 * dim, NUM_HEADS)
-        self.outnorm = MultiHeadNorm(dim, bias=norm_bias)
-        self.reverse = reverse
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Mix (B, S, E) queries, keys and values over the sequence."""
-        # One pre-activation per token, head and gate: a Linear of concat(q, k, v), as three products without the copy.
-        weight = torch.cat([self.igate.weight, self.fgate.weight])
-        gates = torch.cat([self.igate.bias, self.fgate.bias])
-        for x, part in zip((q, k, v), weight.chunk(3, dim=1), strict=True):
-            gates = gates + F.linear(x, part)
-        i, f = gates.chunk(2, dim=-1)
-        q, k, v = (x.unflatten(-1, (NUM_HEADS, -1)) for x in (q, k, v))
-        return self.outnorm(mlstm(q, k, v, i, f, reverse=self.reverse))
+        self.outnorm = ResidualLayerNorm(dim, bias=norm_bias)  # its statistics are those of each head
 
 
 class ViLLayer(nn.Module):
@@ -123,13 +88,13 @@ class ViLLayer(nn.Module):
     ) -> None:
         super().__init__()
         inner = 2 * dim
-        self.conv_name = conv_name
+        self.conv_name, self.reverse = conv_name, reverse
         self.proj_up = nn.Linear(dim, 2 * inner, bias=proj_bias)
         self.q_proj = BlockDiagonalLinear(inner, bias=proj_bias)
         self.k_proj = BlockDiagonalLinear(inner, bias=proj_bias)
         self.v_proj = BlockDiagonalLinear(inner, bias=proj_bias)
         self.add_module(conv_name, conv)
-        self.mlstm_cell = MLSTMCell(inner, norm_bias=norm_bias, reverse=reverse)
+        self.mlstm_cell = MLSTMCell(inner, norm_bias=norm_bias)
         self.learnable_skip = nn.Parameter(torch.ones(inner))
         self.proj_down = nn.Linear(inner, dim, bias=proj_bias)
 
@@ -139,11 +104,15 @@ class ViLLayer(nn.Module):
         weights = self.proj_up.weight.chunk(2)
         biases = (None, None) if self.proj_up.bias is None else self.proj_up.bias.chunk(2)
         x, z = (F.linear(u, weight, bias) for weight, bias in zip(weights, biases, strict=True))
-        x = x.unflatten(1, grid)
-        c = F.silu(getattr(self, self.conv_name)(x))
-        q, k, v = self.q_proj(c).flatten(1, 2), self.k_proj(c).flatten(1, 2), self.v_proj(x).flatten(1, 2)
-        h = torch.addcmul(self.mlstm_cell(q, k, v), self.learnable_skip, c.flatten(1, 2))
-        return self.proj_down(h * F.silu(z))
+        c, cell = getattr(self, self.conv_name)(x, grid), self.mlstm_cell
+        projections = (BlockDiagonal(p.weight, p.bias) for p in (self.q_proj, self.k_proj, self.v_proj))
+        i, f = (Gate(gate.weight, gate.bias) for gate in (cell.igate, cell.fgate))
+        q, k, v, i, f = mlstm_inputs(c, x, *projections, i=i, f=f)
+        q, k, v = (tokens.unflatten(-1, (NUM_HEADS, -1)) for tokens in (q, k, v))
+        h = mlstm(q, k, v, i, f, reverse=self.reverse)
+        norm = cell.outnorm
+        y = gated_head_norm(h, c, z, weight=norm.weight, bias=norm.bias, skip=self.learnable_skip, eps=norm.eps)
+        return self.proj_down(y)
 
 
 class ViLBlock(nn.Module):

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from linvision.ops import selective_scan
+from linvision.ops.convolution import causal_conv1d
+from linvision.ops.selective_scan import selective_scan
 
 Directions = Literal["v2", "v1", "forward", "backward"]
 KERNEL_SIZE = 4
@@ -38,7 +39,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class CausalConv(nn.Conv1d):
-    """Depthwise convolution of a sequence that sees the tokens before; with ``reverse`` those after."""
+    """Depthwise convolution that sees the tokens before, with ``reverse`` those after, and SiLU."""
 
     def __init__(self, dim: int, *, reverse: bool) -> None:
         super().__init__(dim, dim, KERNEL_SIZE, groups=dim)
@@ -46,11 +47,7 @@ class CausalConv(nn.Conv1d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (B, S, dim)."""
-        weight = self.weight.flip(2) if self.reverse else self.weight
-        padded = F.pad(x, (0, 0, 0, KERNEL_SIZE - 1) if self.reverse else (0, 0, KERNEL_SIZE - 1, 0))
-        # As an image of one row in channels-last layout, which is this very memory: 12 to 25 times as fast as conv1d.
-        image = padded[:, None].permute(0, 3, 1, 2)
-        return F.conv2d(image, weight[:, :, None], self.bias, groups=self.groups).permute(0, 2, 3, 1)[:, 0]
+        return causal_conv1d(x, self.weight, self.bias, activation="silu", reverse=self.reverse)
 
 
 class MambaMixer(nn.Module):
@@ -110,7 +107,7 @@ class MambaMixer(nn.Module):
     def _project(
         self, x: Tensor, conv: CausalConv, x_proj: nn.Linear, dt_proj: nn.Linear
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        u = F.silu(conv(x))
+        u = conv(x)
         dt, B, C = x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         return u, F.linear(dt, dt_proj.weight), B, C
 

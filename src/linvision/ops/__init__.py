@@ -1,13 +1,24 @@
-"""Sequence mixers as pure functions of tensors, linear in the sequence length."""
+"""Sequence mixers as pure functions of tensors, linear in the sequence length, and the token-wise work around them."""
 
 from linvision.ops._dispatch import BackendError, use_backend
+from linvision.ops.block_diagonal import BlockDiagonal, Gate, MLSTMInputs, block_diagonal, mlstm_inputs
+from linvision.ops.convolution import causal_conv1d, depthwise_conv2d
+from linvision.ops.gated_norm import gated_head_norm
 from linvision.ops.mlstm import MLSTMState, mlstm, mlstm_parallel, mlstm_recurrent
 from linvision.ops.selective_scan import selective_scan, selective_scan_sequential
 
 __all__ = [
     "BackendError",
+    "BlockDiagonal",
+    "Gate",
+    "MLSTMInputs",
     "MLSTMState",
+    "block_diagonal",
+    "causal_conv1d",
+    "depthwise_conv2d",
+    "gated_head_norm",
     "mlstm",
+    "mlstm_inputs",
     "mlstm_parallel",
     "mlstm_recurrent",
     "selective_scan",

@@ -5,10 +5,11 @@ run; where it has to pass one over that is made for the device, it says so once.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "cpp", "plain")
@@ -32,6 +33,19 @@ class Body(Protocol):
     def refuses(self, *tensors: Tensor | None) -> str | None:
         """Say why these inputs cannot be computed, or return None if they can."""
         ...
+
+
+class Plain:
+    """The body in plain PyTorch, which computes anything: the expression that defines the op."""
+
+    DEVICE = None
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+
+    def refuses(self, *tensors: Tensor | None) -> str | None:
+        """Refuse nothing."""
+        return None
 
 
 class Dispatcher:
@@ -60,6 +74,26 @@ class Dispatcher:
             self._tell(f"{self.op}: {name} kernels cannot run ({reason}); a slower backend computes the same")
         raise BackendError(f"{self.op}: no backend can compute this on {device}")
 
+    def runs_plain(self, *tensors: Tensor | None) -> bool:
+        """Say whether these inputs are to be computed in plain PyTorch, in a way that torch.compile can trace.
+
+        Then an op may put its expression where it is called, for compilers to fuse with what stands around it. A
+        forced backend in which the op has no body leaves the op in plain PyTorch.
+        """
+        return _chosen not in ("auto", *self.bodies) or self.choose(*tensors) is self.bodies["plain"]
+
+    def kernels(self, *tensors: Tensor | None) -> Any:
+        """Return a body of kernels for what plain PyTorch leaves to autograd, whatever backend is forced meanwhile.
+
+        Raises:
+            BackendError: none can run.
+        """
+        reasons = {name: body.refuses(*tensors) for name, body in self.bodies.items() if name != "plain"}
+        for name, reason in reasons.items():
+            if reason is None:
+                return self.bodies[name]
+        raise BackendError(f"{self.op}: the kernels of the forward pass cannot run any more: {reasons}")
+
     def _forced(self, name: str, *tensors: Tensor | None) -> Any:
         if name not in self.bodies:
             raise BackendError(f"{self.op} has no backend {name!r}, only {', '.join(self.bodies)}; use 'auto'")
@@ -69,7 +103,7 @@ class Dispatcher:
         return self.bodies[name]
 
     def _tell(self, message: str) -> None:
-        if message not in self.told:
+        if not torch.compiler.is_compiling() and message not in self.told:
             self.told.add(message)
             _logger.warning(message)
 

@@ -44,6 +44,7 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
+@torch.compiler.assume_constant_result  # what torch.compile traces need not know how a library is loaded
 def missing() -> str | None:
     """Say why no kernel can run, or return None if they can."""
     if library() is None:

@@ -59,4 +59,68 @@ struct SelectiveScanBackward {
   float *dA, *dB, *dC, *dD, *d_bias;  // (B, N, E), twice (groups, B, S, N), twice (B, E): to be summed over axis 0
 };
 
+// Tokens (B, rows, columns, channels), channels contiguous.
+struct Grid {
+  void* data;
+  int64_t batch, row, column;
+};
+
+struct ConvShape {
+  int64_t batch, rows, columns, channels, kernel_rows, kernel_columns;
+  int64_t top, left;  // taps before the token's own
+};
+
+struct DepthwiseConvForward {
+  Grid x, y;
+  const float *weight, *bias;  // (channels, kernel_rows, kernel_columns) and, where given, (channels,)
+  ConvShape shape;
+  int32_t dtype, silu, reverse, threads;
+};
+
+struct DepthwiseConvBackward {
+  Grid x, dy, dx;
+  Grid d_sum;  // float32, for the gradient before the activation; only with one
+  const float *weight, *bias;
+  float *dweight, *dbias;
+  ConvShape shape;
+  int32_t dtype, silu, reverse, threads;
+};
+
+struct QkvForward {
+  Strided c, x, q, k, v;                              // (B, S, E)
+  float *i, *f;                                       // (B, S, H), contiguous
+  const float *weights[3], *biases[3];                // (E / 4, 4, 4) and, where given, (E,), of q, k and v
+  const float *gate_weights[2], *gate_biases[2];      // (H, 3 E) and (H,), of i and f
+  int64_t batch, tokens, width, heads;
+  int32_t dtype, threads;
+};
+
+struct QkvBackward {
+  Strided c, x, dq, dk, dv, dc, dx;
+  const float *di, *df;
+  const float *weights[3], *biases[3], *gate_weights[2];
+  float *dweights[3], *dbiases[3], *dgate_weights[2], *dgate_biases[2];
+  int64_t batch, tokens, width, heads;
+  int32_t dtype, threads;
+};
+
+struct GatedNormForward {
+  Strided h;        // (B, S, H, D)
+  Strided c, z, y;  // (B, S, E)
+  const float *weight, *bias, *skip;
+  int64_t batch, tokens, heads, head_dim;
+  float eps;
+  int32_t dtype, threads;
+};
+
+struct GatedNormBackward {
+  Strided h, dh;             // (B, S, H, D)
+  Strided c, z, dy, dc, dz;  // (B, S, E)
+  const float *weight, *bias, *skip;
+  float *dweight, *dbias, *dskip;
+  int64_t batch, tokens, heads, head_dim;
+  float eps;
+  int32_t dtype, threads;
+};
+
 }  // namespace linvision

@@ -13,7 +13,13 @@
   X(mlstm_forward, MlstmForward)                      \
   X(mlstm_backward, MlstmBackward)                    \
   X(selective_scan_forward, SelectiveScanForward)     \
-  X(selective_scan_backward, SelectiveScanBackward)
+  X(selective_scan_backward, SelectiveScanBackward)   \
+  X(depthwise_conv_forward, DepthwiseConvForward)     \
+  X(depthwise_conv_backward, DepthwiseConvBackward)   \
+  X(qkv_forward, QkvForward)                          \
+  X(qkv_backward, QkvBackward)                        \
+  X(gated_norm_forward, GatedNormForward)             \
+  X(gated_norm_backward, GatedNormBackward)
 
 namespace linvision {
 

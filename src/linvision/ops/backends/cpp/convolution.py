@@ -1,0 +1,117 @@
+"""Depthwise convolution in C++: the body of ``linvision.ops.convolution`` on a CPU (``kernels/convolution.cpp``)."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from linvision.ops.backends.cpp.library import DTYPES, call, missing, pointer, with_unit_stride
+
+DEVICE = "cpu"
+MAX_KERNEL = 15
+
+
+class _Grid(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("row", ctypes.c_int64),
+        ("column", ctypes.c_int64),
+    ]
+
+    @classmethod
+    def of(cls, x: Tensor) -> "_Grid":
+        return cls(x.data_ptr(), *x.stride()[:3])
+
+
+_SHAPE = [
+    (name, ctypes.c_int64)
+    for name in ("batch", "rows", "columns", "channels", "kernel_rows", "kernel_columns", "top", "left")
+]
+_FLAGS = [(name, ctypes.c_int32) for name in ("dtype", "silu", "reverse", "threads")]
+
+
+class _Forward(ctypes.Structure):
+    _fields_ = [
+        *((name, _Grid) for name in ("x", "y")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
+        *_SHAPE,
+        *_FLAGS,
+    ]
+
+
+class _Backward(ctypes.Structure):
+    _fields_ = [
+        *((name, _Grid) for name in ("x", "dy", "dx", "d_sum")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "dweight", "dbias")),
+        *_SHAPE,
+        *_FLAGS,
+    ]
+
+
+def refuses(*tensors: Tensor | None) -> str | None:
+    """Say why these inputs (x, weight, ...) cannot be computed, or return None if they can."""
+    x, weight = tensors[:2]
+    assert x is not None
+    assert weight is not None
+    if x.device.type != "cpu":
+        return f"the tensors are on {x.device}, not on a CPU"
+    if x.dtype == torch.float64:
+        return "float64 is computed in plain PyTorch"
+    if max(weight.shape[-2:]) > MAX_KERNEL:
+        return f"a kernel of {tuple(weight.shape[-2:])}, above {MAX_KERNEL}"
+    return missing()
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *, causal: bool, silu: bool, reverse: bool) -> Tensor:
+    """Convolve a grid (B, rows, columns, C) with kernels (C, 1, kernel rows, kernel columns)."""
+    x_, weight_, bias_ = _readable(x), weight.float().contiguous(), _as_float(bias)
+    y = x_.new_empty(x_.shape)
+    arguments = _Forward(
+        _Grid.of(x_),
+        _Grid.of(y),
+        pointer(weight_),
+        pointer(bias_),
+        *_shape(x, weight, causal),
+        DTYPES[x_.dtype],
+        silu,
+        reverse,
+        torch.get_num_threads(),
+    )
+    call("linvision_depthwise_conv_forward", arguments)
+    return y.to(x.dtype)
+
+
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *, causal: bool, silu: bool, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients of x, weight and bias; without a bias the last one means nothing."""
+    x_, weight_, bias_ = _readable(x), weight.float().contiguous(), _as_float(bias)
+    dy_ = with_unit_stride(dy.to(x_.dtype))
+    dx, dweight, dbias = x_.new_empty(x_.shape), torch.empty_like(weight_), weight_.new_empty(len(weight))
+    d_sum = x_.new_empty(x_.shape, dtype=torch.float32) if silu else None
+    arguments = _Backward(
+        *(_Grid.of(tensor) for tensor in (x_, dy_, dx)),
+        _Grid() if d_sum is None else _Grid.of(d_sum),
+        *(pointer(tensor) for tensor in (weight_, bias_, dweight, dbias)),
+        *_shape(x, weight, causal),
+        DTYPES[x_.dtype],
+        silu,
+        reverse,
+        torch.get_num_threads(),
+    )
+    call("linvision_depthwise_conv_backward", arguments)
+    return dx.to(x.dtype), dweight.to(weight.dtype), dbias if bias is None else dbias.to(bias.dtype)
+
+
+def _shape(x: Tensor, weight: Tensor, causal: bool) -> tuple[int, ...]:
+    rows, columns = weight.shape[-2:]
+    return (*x.shape, rows, columns, rows // 2, columns - 1 if causal else columns // 2)
+
+
+def _readable(x: Tensor) -> Tensor:
+    return with_unit_stride(x if x.dtype in DTYPES else x.float())
+
+
+def _as_float(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.float().contiguous()

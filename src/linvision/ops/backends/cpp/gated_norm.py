@@ -1,0 +1,86 @@
+"""Head norm, skip and gate in C++: the body of ``linvision.ops.gated_norm`` on a CPU (``kernels/gated_norm.cpp``)."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from linvision.ops.backends.cpp.library import DTYPES, Strided, call, missing, pointer, with_unit_stride
+
+DEVICE = "cpu"
+
+_TAIL = [
+    *((name, ctypes.c_int64) for name in ("batch", "tokens", "heads", "head_dim")),
+    ("eps", ctypes.c_float),
+    *((name, ctypes.c_int32) for name in ("dtype", "threads")),
+]
+
+
+class _Forward(ctypes.Structure):
+    _fields_ = [
+        *((name, Strided) for name in ("h", "c", "z", "y")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "skip")),
+        *_TAIL,
+    ]
+
+
+class _Backward(ctypes.Structure):
+    _fields_ = [
+        *((name, Strided) for name in ("h", "dh", "c", "z", "dy", "dc", "dz")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "skip", "dweight", "dbias", "dskip")),
+        *_TAIL,
+    ]
+
+
+def refuses(*tensors: Tensor | None) -> str | None:
+    """Say why these inputs (h, ...) cannot be computed, or return None if they can."""
+    h = tensors[0]
+    assert h is not None
+    if h.device.type != "cpu":
+        return f"the tensors are on {h.device}, not on a CPU"
+    if h.dtype == torch.float64:
+        return "float64 is computed in plain PyTorch"
+    return missing()
+
+
+def forward(h: Tensor, c: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor, eps: float) -> Tensor:
+    """Normalise the heads of h (B, S, H, D), add skip * c and gate by z: (B, S, E)."""
+    h_, c_, z_ = (_readable(x) for x in (h, c, z))
+    parameters = [None if x is None else x.float().contiguous() for x in (weight, bias, skip)]
+    y = c_.new_empty(c_.shape)
+    arguments = _Forward(
+        *(Strided.of(x) for x in (h_, c_, z_, y)),
+        *map(pointer, parameters),
+        *h.shape,
+        eps,
+        DTYPES[h_.dtype],
+        torch.get_num_threads(),
+    )
+    call("linvision_gated_norm_forward", arguments)
+    return y.to(h.dtype)
+
+
+def backward(
+    dy: Tensor, h: Tensor, c: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor, eps: float
+) -> list[Tensor]:
+    """Compute the gradients of all inputs, in order, that of a bias that is None left out."""
+    h_, c_, z_ = (_readable(x) for x in (h, c, z))
+    dy_ = with_unit_stride(dy.to(h_.dtype))
+    parameters = [None if x is None else x.float().contiguous() for x in (weight, bias, skip)]
+    dh, dc, dz = (x.new_empty(x.shape) for x in (h_, c_, z_))
+    results = [None if x is None else torch.empty_like(x) for x in parameters]
+    arguments = _Backward(
+        *(Strided.of(x) for x in (h_, dh, c_, z_, dy_, dc, dz)),
+        *map(pointer, (*parameters, *results)),
+        *h.shape,
+        eps,
+        DTYPES[h_.dtype],
+        torch.get_num_threads(),
+    )
+    call("linvision_gated_norm_backward", arguments)
+    pairs = zip((dh, dc, dz, *results), (h, c, z, weight, bias, skip), strict=True)
+    return [d.to(x.dtype) for d, x in pairs if d is not None and x is not None]
+
+
+def _readable(x: Tensor) -> Tensor:
+    return with_unit_stride(x if x.dtype in DTYPES else x.float())

@@ -1,0 +1,310 @@
+// Queries and keys from c, values from x, by block-diagonal matrices of 4x4 blocks, and the gates from all three; forward
+// and backward.
+//
+// Within a vector of channels a block of 4 is multiplied as y = sum over s < 4 of coefficients_s * swap_s(x), where swap_s
+// exchanges lane j and lane j ^ s: four products of whole vectors.
+
+#include "arguments.h"
+#include "channels.h"
+
+#if defined(__AVX512F__)
+#define LINVISION_SWAPPED(s) 0 ^ s, 1 ^ s, 2 ^ s, 3 ^ s, 4 ^ s, 5 ^ s, 6 ^ s, 7 ^ s, \
+                             8 ^ s, 9 ^ s, 10 ^ s, 11 ^ s, 12 ^ s, 13 ^ s, 14 ^ s, 15 ^ s
+#elif defined(__AVX__)
+#define LINVISION_SWAPPED(s) 0 ^ s, 1 ^ s, 2 ^ s, 3 ^ s, 4 ^ s, 5 ^ s, 6 ^ s, 7 ^ s
+#else
+#define LINVISION_SWAPPED(s) 0 ^ s, 1 ^ s, 2 ^ s, 3 ^ s
+#endif
+
+namespace linvision {
+namespace LINVISION_ISA {
+namespace {
+
+constexpr int kBlock = 4;
+constexpr int kTokens = 4;  // of a tile
+constexpr int kGates = kLanes == 16 ? 4 : 2;  // sums that stay in registers for each token of a tile
+constexpr int kMaxGates = 64;
+constexpr int kQ = 0, kK = 1, kV = 2;
+
+template <int kStep>
+LINVISION_INLINE Vec swap_lanes(Vec x) {
+#if defined(__clang__)
+  return __builtin_shufflevector(x, x, LINVISION_SWAPPED(kStep));
+#else
+  return __builtin_shuffle(x, IntVec{LINVISION_SWAPPED(kStep)});
+#endif
+}
+
+struct Swapped {
+  Vec lanes[kBlock];
+  explicit inline __attribute__((always_inline)) Swapped(Vec x) : lanes{x, swap_lanes<1>(x), swap_lanes<2>(x), swap_lanes<3>(x)} {}
+};
+
+// The weights as the kernels read them: rows of channels, zeros up to whole vectors.
+class Weights {
+ public:
+  const int64_t stride, num_gates;
+
+  Weights(const float* const* weights, const float* const* biases, const float* const* gate_weights, int64_t width,
+          int64_t heads)
+      : stride(round_up(width, kLanes)),
+        num_gates(round_up(2 * heads, kGates)),
+        memory_((27 + 3 * num_gates) * stride) {
+    float* rows = memory_.get();
+    if (rows == nullptr) return;
+    memset(rows, 0, (27 + 3 * num_gates) * stride * sizeof(float));
+    for (int p = 0; p < 3; ++p) {
+      for (int64_t c = 0; c < width; ++c) {
+        const int64_t block = c / kBlock * kBlock, j = c % kBlock;
+        for (int64_t s = 0; s < kBlock; ++s) {
+          rows[(p * kBlock + s) * stride + c] = weights[p][(block + j) * kBlock + (j ^ s)];
+          rows[(12 + p * kBlock + s) * stride + c] = weights[p][(block + (j ^ s)) * kBlock + j];
+        }
+      }
+      if (biases[p] != nullptr) memcpy(rows + (24 + p) * stride, biases[p], width * sizeof(float));
+      for (int64_t g = 0; g < 2 * heads; ++g) {
+        const float* from = gate_weights[g / heads] + (g % heads * 3 + p) * width;
+        memcpy(rows + (27 + g * 3 + p) * stride, from, width * sizeof(float));
+      }
+    }
+  }
+  bool missing() const { return memory_.get() == nullptr; }
+  const float* coefficients(int p, int s) const { return row(p * kBlock + s); }
+  const float* transposed(int p, int s) const { return row(12 + p * kBlock + s); }
+  const float* bias(int p) const { return row(24 + p); }
+  const float* gate(int64_t g, int p = 0) const { return row(27 + g * 3 + p); }  // a gate's three rows are one
+
+ private:
+  const float* row(int64_t index) const { return memory_.get() + index * stride; }
+  const Scratch memory_;
+};
+
+LINVISION_INLINE Vec project(const Weights& weights, int p, int64_t c, const Swapped& x) {
+  Vec y = load(weights.bias(p) + c);
+#pragma GCC unroll 4
+  for (int s = 0; s < kBlock; ++s) y += load(weights.coefficients(p, s) + c) * x.lanes[s];
+  return y;
+}
+
+LINVISION_INLINE Vec project_back(const Weights& weights, int p, int64_t c, const Swapped& d) {
+  Vec x = {};
+#pragma GCC unroll 4
+  for (int s = 0; s < kBlock; ++s) x += load(weights.transposed(p, s) + c) * d.lanes[s];
+  return x;
+}
+
+template <typename T>
+using Rows = TokenRows<T, kTokens>;
+
+// The gates of a tile from its q, k and v, (kTokens, 3 * stride).
+void compute_gates(const QkvForward& args, const Weights& weights, const float* qkv, int64_t first, int64_t last) {
+  const int64_t depth = 3 * weights.stride;
+  for (int64_t g = 0; g < 2 * args.heads; g += kGates) {
+    Vec sums[kTokens][kGates] = {};
+    for (int64_t j = 0; j < depth; j += kLanes) {
+      Vec weight[kGates];
+#pragma GCC unroll 4
+      for (int n = 0; n < kGates; ++n) weight[n] = load(weights.gate(g + n) + j);
+#pragma GCC unroll 4
+      for (int t = 0; t < kTokens; ++t) {
+        const Vec x = load(qkv + t * depth + j);
+#pragma GCC unroll 4
+        for (int n = 0; n < kGates; ++n) sums[t][n] += x * weight[n];
+      }
+    }
+    for (int64_t t = 0; t < smaller(kTokens, last - first); ++t) {
+      for (int64_t n = 0; n < smaller(kGates, 2 * args.heads - g); ++n) {
+        const int64_t gate = (g + n) / args.heads, head = (g + n) % args.heads;
+        float* out = gate == 0 ? args.i : args.f;
+        out[(first + t) * args.heads + head] = total(sums[t][n]) + args.gate_biases[gate][head];
+      }
+    }
+  }
+}
+
+template <typename T>
+int32_t forward(const QkvForward& args) {
+  const Weights weights(args.weights, args.biases, args.gate_weights, args.width, args.heads);
+  if (weights.missing()) return kOutOfMemory;
+  const TokenBlocks blocks(args.batch * args.tokens, kTokens, 8 * larger(1, args.threads));
+  int32_t status = kDone;
+  parallel_for(args.threads, blocks.count, [&](int64_t block) {
+    const Scratch memory((3 * kTokens + 2) * weights.stride);
+    if (memory.get() == nullptr) {
+      status = kOutOfMemory;
+      return;
+    }
+    const int64_t depth = 3 * weights.stride;
+    float* qkv = memory.get();
+    memset(qkv + kTokens * depth, 0, weights.stride * sizeof(float));
+    const T* zeros = reinterpret_cast<const T*>(qkv + kTokens * depth);
+    T* nowhere = reinterpret_cast<T*>(qkv + kTokens * depth + weights.stride);
+    const int64_t last = blocks.last(block);
+    for (int64_t first = blocks.first(block); first < last; first += kTokens) {
+      const Rows<const T> c_rows(args.c, args.tokens, first, last, zeros);
+      const Rows<const T> x_rows(args.x, args.tokens, first, last, zeros);
+      const Rows<T> q_rows(args.q, args.tokens, first, last, nowhere);
+      const Rows<T> k_rows(args.k, args.tokens, first, last, nowhere);
+      const Rows<T> v_rows(args.v, args.tokens, first, last, nowhere);
+      each_vector(args.width, [&](auto whole, int64_t c, int n) __attribute__((always_inline)) {
+        constexpr bool kWhole = decltype(whole)::value;
+#pragma GCC unroll 4
+        for (int t = 0; t < kTokens; ++t) {
+          const Swapped from_c(load_channels<kWhole>(c_rows.rows[t] + c, n));
+          const Swapped from_x(load_channels<kWhole>(x_rows.rows[t] + c, n));
+          const Vec q = project(weights, kQ, c, from_c), k = project(weights, kK, c, from_c);
+          const Vec v = project(weights, kV, c, from_x);
+          store_channels<kWhole>(q_rows.rows[t] + c, q, n);
+          store_channels<kWhole>(k_rows.rows[t] + c, k, n);
+          store_channels<kWhole>(v_rows.rows[t] + c, v, n);
+          store(qkv + t * depth + c, q);
+          store(qkv + t * depth + weights.stride + c, k);
+          store(qkv + t * depth + 2 * weights.stride + c, v);
+        }
+      });
+      compute_gates(args, weights, qkv, first, last);
+    }
+  });
+  return status;
+}
+
+// The gradients of the weights, in rows as Weights has them; the last row, num_gates long, is for the gates' biases.
+struct Gradients {
+  float* data;
+  int64_t stride, num_gates;
+
+  static int64_t size(const Weights& weights) {
+    return (15 + 3 * weights.num_gates) * weights.stride + round_up(weights.num_gates, kLanes);
+  }
+  float* coefficients(int p, int s) const { return data + (p * kBlock + s) * stride; }
+  float* bias(int p) const { return data + (12 + p) * stride; }
+  float* gate(int64_t g, int p) const { return data + (15 + g * 3 + p) * stride; }
+  float* gate_biases() const { return data + (15 + 3 * num_gates) * stride; }
+
+  void write(const QkvBackward& args) const {
+    for (int p = 0; p < 3; ++p) {
+      for (int64_t c = 0; c < args.width; ++c) {
+        const int64_t j = c % kBlock;
+        for (int64_t s = 0; s < kBlock; ++s) args.dweights[p][c * kBlock + (j ^ s)] = coefficients(p, s)[c];
+      }
+      if (args.dbiases[p] != nullptr) memcpy(args.dbiases[p], bias(p), args.width * sizeof(float));
+      for (int64_t g = 0; g < 2 * args.heads; ++g) {
+        float* to = args.dgate_weights[g / args.heads] + (g % args.heads * 3 + p) * args.width;
+        memcpy(to, gate(g, p), args.width * sizeof(float));
+      }
+    }
+    for (int64_t gate = 0; gate < 2; ++gate) {
+      memcpy(args.dgate_biases[gate], gate_biases() + gate * args.heads, args.heads * sizeof(float));
+    }
+  }
+};
+
+// Carries the gradients dy of one of q, k and v at channels c, ... of a tile, and those of the gates, on to its source
+// and to the weights.
+template <bool kWhole, typename T>
+LINVISION_INLINE void differentiate(const Weights& weights, const Gradients& gradients, int p, int64_t c, int n,
+                                    const T* const (&source)[kTokens], const T* const (&dy)[kTokens],
+                                    const float (&gates)[kMaxGates][kTokens], int64_t num_gates,
+                                    Vec (&d_source)[kTokens]) {
+  Vec y[kTokens], d[kTokens];
+#pragma GCC unroll 4
+  for (int t = 0; t < kTokens; ++t) {
+    y[t] = project(weights, p, c, Swapped(load_channels<kWhole>(source[t] + c, n)));
+    d[t] = load_channels<kWhole>(dy[t] + c, n);
+  }
+  for (int64_t g = 0; g < num_gates; ++g) {
+    const Vec weight = load(weights.gate(g, p) + c);
+    Vec sum = load(gradients.gate(g, p) + c);
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; ++t) {
+      d[t] += weight * gates[g][t];
+      sum += y[t] * gates[g][t];
+    }
+    store(gradients.gate(g, p) + c, sum);
+  }
+  Vec sums[kBlock], d_bias = load(gradients.bias(p) + c);
+#pragma GCC unroll 4
+  for (int s = 0; s < kBlock; ++s) sums[s] = load(gradients.coefficients(p, s) + c);
+#pragma GCC unroll 4
+  for (int t = 0; t < kTokens; ++t) {
+    const Swapped x(load_channels<kWhole>(source[t] + c, n));
+#pragma GCC unroll 4
+    for (int s = 0; s < kBlock; ++s) sums[s] += d[t] * x.lanes[s];
+    d_bias += d[t];
+    d_source[t] += project_back(weights, p, c, Swapped(d[t]));
+  }
+#pragma GCC unroll 4
+  for (int s = 0; s < kBlock; ++s) store(gradients.coefficients(p, s) + c, sums[s]);
+  store(gradients.bias(p) + c, d_bias);
+}
+
+template <typename T>
+int32_t backward(const QkvBackward& args) {
+  const Weights weights(args.weights, args.biases, args.gate_weights, args.width, args.heads);
+  const TokenBlocks blocks(args.batch * args.tokens, kTokens, 4 * larger(1, args.threads));
+  const int64_t num_gates = 2 * args.heads, size = Gradients::size(weights), num_parts = larger(1, blocks.count);
+  const Scratch parts(num_parts * size);
+  if (weights.missing() || parts.get() == nullptr) return kOutOfMemory;
+  memset(parts.get(), 0, num_parts * size * sizeof(float));
+  int32_t status = kDone;
+  parallel_for(args.threads, blocks.count, [&](int64_t block) {
+    const Scratch spare(2 * weights.stride);
+    if (spare.get() == nullptr) {
+      status = kOutOfMemory;
+      return;
+    }
+    memset(spare.get(), 0, weights.stride * sizeof(float));
+    const T* zeros = reinterpret_cast<const T*>(spare.get());
+    T* nowhere = reinterpret_cast<T*>(spare.get() + weights.stride);
+    const Gradients gradients = {parts.get() + block * size, weights.stride, weights.num_gates};
+    const int64_t last = blocks.last(block);
+    for (int64_t first = blocks.first(block); first < last; first += kTokens) {
+      float gates[kMaxGates][kTokens] = {};
+      for (int64_t t = 0; t < smaller(kTokens, last - first); ++t) {
+        for (int64_t g = 0; g < num_gates; ++g) {
+          const float* d_gate = g < args.heads ? args.di : args.df;
+          gates[g][t] = d_gate[(first + t) * args.heads + g % args.heads];
+          gradients.gate_biases()[g] += gates[g][t];
+        }
+      }
+      const Rows<const T> c_rows(args.c, args.tokens, first, last, zeros);
+      const Rows<const T> x_rows(args.x, args.tokens, first, last, zeros);
+      const Rows<const T> dq(args.dq, args.tokens, first, last, zeros);
+      const Rows<const T> dk(args.dk, args.tokens, first, last, zeros);
+      const Rows<const T> dv(args.dv, args.tokens, first, last, zeros);
+      const Rows<T> dc(args.dc, args.tokens, first, last, nowhere);
+      const Rows<T> dx(args.dx, args.tokens, first, last, nowhere);
+      each_vector(args.width, [&](auto whole, int64_t c, int n) __attribute__((always_inline)) {
+        constexpr bool kWhole = decltype(whole)::value;
+        Vec d[kTokens] = {};
+        differentiate<kWhole>(weights, gradients, kQ, c, n, c_rows.rows, dq.rows, gates, num_gates, d);
+        differentiate<kWhole>(weights, gradients, kK, c, n, c_rows.rows, dk.rows, gates, num_gates, d);
+#pragma GCC unroll 4
+        for (int t = 0; t < kTokens; ++t) {
+          store_channels<kWhole>(dc.rows[t] + c, d[t], n);
+          d[t] = Vec{};
+        }
+        differentiate<kWhole>(weights, gradients, kV, c, n, x_rows.rows, dv.rows, gates, num_gates, d);
+#pragma GCC unroll 4
+        for (int t = 0; t < kTokens; ++t) store_channels<kWhole>(dx.rows[t] + c, d[t], n);
+      });
+    }
+  });
+  if (status != kDone) return status;
+  add_parts(parts.get(), num_parts, size);
+  Gradients{parts.get(), weights.stride, weights.num_gates}.write(args);
+  return kDone;
+}
+
+}  // namespace
+
+int32_t qkv_forward(const QkvForward& args) {
+  return args.dtype == kBFloat16 ? forward<BFloat16>(args) : forward<float>(args);
+}
+
+int32_t qkv_backward(const QkvBackward& args) {
+  return args.dtype == kBFloat16 ? backward<BFloat16>(args) : backward<float>(args);
+}
+
+}  // namespace LINVISION_ISA
+}  // namespace linvision

@@ -1,0 +1,165 @@
+"""Depthwise convolutions of tokens, channels last: over a grid, or causally over a sequence; with SiLU where asked.
+
+    y[t, c] = activation(bias[c] + sum over taps s of weight[c, s] x[t + s - p, c]),   zeros outside
+
+with p = (K - 1) / 2 along rows and columns of a grid ("same" padding, odd K), and p = K - 1 along a sequence, of which
+a token then sees the K - 1 tokens before it. ``reverse`` turns the kernel by 180 degrees, which equals flipping the
+tokens before and after: a token of a sequence then sees those that follow it. Used by Vision-LSTM (arXiv 2406.04303),
+Mamba (arXiv 2312.00752) and Vision Mamba (arXiv 2401.09417).
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from linvision.ops._dispatch import Dispatcher, Plain
+from linvision.ops.backends.cpp import convolution as cpp_convolution
+
+Activation = Literal["silu"] | None
+
+
+def depthwise_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: Activation = None, reverse: bool = False
+) -> Tensor:
+    """Convolve each channel of a grid of tokens with its own kernel (equation above); the grid keeps its size.
+
+    Args:
+        x: tokens (B, rows, columns, C), of any strides; those with contiguous channels need no copy.
+        weight: kernels (C, 1, K, L), K and L odd; may be of another floating-point type than x.
+        bias: (C,) or None.
+        activation: "silu" or None.
+        reverse: turn the kernels by 180 degrees.
+
+    Returns:
+        (B, rows, columns, C) in x's type; sums are float32 (in plain PyTorch: those of its convolution).
+
+    Raises:
+        ValueError: where shapes, types or devices disagree, for an even kernel or an unknown activation.
+    """
+    _check("depthwise_conv2d", x, weight, bias, activation, axes=2)
+    if not (weight.shape[2] % 2 and weight.shape[3] % 2):
+        raise ValueError(f"depthwise_conv2d: kernels must have odd sides but are {tuple(weight.shape[2:])}")
+    return _convolve(x, weight, bias, False, activation == "silu", reverse)
+
+
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: Activation = None, reverse: bool = False
+) -> Tensor:
+    """Convolve each channel of a sequence of tokens with its own kernel over the tokens so far (equation above).
+
+    Args:
+        x: tokens (B, S, C), of any strides; those with contiguous channels need no copy.
+        weight: kernels (C, 1, K), the last tap for the token itself; may be of another floating-point type than x.
+        bias: (C,) or None.
+        activation: "silu" or None.
+        reverse: look at the tokens that follow instead: the last tap for the token itself, those before it for the
+            next ones in turn.
+
+    Returns:
+        (B, S, C) in x's type; sums are float32 (in plain PyTorch: those of its convolution).
+
+    Raises:
+        ValueError: where shapes, types or devices disagree, or for an unknown activation.
+    """
+    _check("causal_conv1d", x, weight, bias, activation, axes=1)
+    return _convolve(x[:, None], weight[:, :, None], bias, True, activation == "silu", reverse)[:, 0]
+
+
+def _check(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation, *, axes: int) -> None:
+    tokens, kernels = ("(B, S, C)", "(C, 1, K)") if axes == 1 else ("(B, rows, columns, C)", "(C, 1, K, L)")
+    if x.ndim != axes + 2 or weight.ndim != axes + 2 or weight.shape[:2] != (x.shape[-1], 1):
+        raise ValueError(
+            f"{name}: x must be {tokens} and weight {kernels} with the same number of channels C, but their shapes are "
+            f"{tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    if min(weight.shape) == 0:
+        raise ValueError(f"{name}: needs at least one channel and tap but weight has shape {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{name}: bias must have shape (C,) = ({len(weight)},) for weight of {tuple(weight.shape)} but has "
+            f"{tuple(bias.shape)}"
+        )
+    tensors = [x, weight] if bias is None else [x, weight, bias]
+    if not all(tensor.is_floating_point() for tensor in tensors):
+        raise ValueError(f"{name}: needs floating-point tensors but got {[str(tensor.dtype) for tensor in tensors]}")
+    if any(tensor.device != x.device for tensor in tensors):
+        raise ValueError(f"{name}: all tensors must be on one device but are on {[str(t.device) for t in tensors]}")
+    if activation not in ("silu", None):
+        raise ValueError(f"{name}: activation must be 'silu' or None but is {activation!r}")
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool, silu: bool, reverse: bool) -> Tensor:
+    """Convolve as an image in channels-last layout, which is this very memory."""
+    weight = (weight.flip(2, 3) if reverse else weight).to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    padding = (weight.shape[2] // 2, weight.shape[3] // 2)
+    if causal:
+        seen = weight.shape[3] - 1
+        image, padding = F.pad(x, (0, 0, 0, seen) if reverse else (0, 0, seen, 0)), (0, 0)
+    else:
+        image = x
+    y = F.conv2d(image.permute(0, 3, 1, 2), weight, bias, padding=padding, groups=len(weight)).permute(0, 2, 3, 1)
+    return (F.silu(y) if silu else y).to(x.dtype)
+
+
+BODIES = Dispatcher("depthwise convolution", {"cpp": cpp_convolution, "plain": Plain(_plain)})
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool, silu: bool, reverse: bool) -> Tensor:
+    if BODIES.runs_plain(x, weight, bias):
+        return _plain(x, weight, bias, causal, silu, reverse)
+    return torch.ops.linvision.depthwise_conv(x, weight, bias, causal, silu, reverse)
+
+
+# The op as torch sees it, on grids: opaque to compile and export, with a meta kernel, a gradient and a count of its
+# operations.
+
+
+@torch.library.custom_op("linvision::depthwise_conv", mutates_args=())
+def _depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool, silu: bool, reverse: bool) -> Tensor:
+    body = BODIES.choose(x, weight, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        return body.forward(x, weight, bias, causal=causal, silu=silu, reverse=reverse)
+
+
+@_depthwise_conv.register_fake
+def _(x, weight, bias, causal, silu, reverse):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("linvision::depthwise_conv_backward", mutates_args=())
+def _depthwise_conv_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool, silu: bool, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return BODIES.kernels(x, weight, bias).backward(dy, x, weight, bias, causal=causal, silu=silu, reverse=reverse)
+
+
+@_depthwise_conv_backward.register_fake
+def _(dy, x, weight, bias, causal, silu, reverse):
+    dbias = weight.new_empty(len(weight), dtype=torch.float32) if bias is None else bias.new_empty(bias.shape)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.causal, ctx.silu, ctx.reverse = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradient(ctx, dy):
+    x, weight, bias = ctx.saved_tensors
+    gradients = torch.ops.linvision.depthwise_conv_backward(dy, x, weight, bias, ctx.causal, ctx.silu, ctx.reverse)
+    dx, dweight, dbias = gradients
+    return dx, dweight, None if bias is None else dbias, None, None, None
+
+
+_depthwise_conv.register_autograd(_gradient, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.linvision.depthwise_conv)
+def depthwise_conv_flops(x_shape, weight_shape, *args, out_shape=None, **options) -> int:
+    """Count a multiply-add for each tap, as for any convolution: the activation is left out."""
+    batch, rows, columns, channels = x_shape
+    return 2 * batch * rows * columns * channels * weight_shape[-2] * weight_shape[-1]

@@ -1,0 +1,58 @@
+"""What the tests of ops with compiled kernels share: backends, instruction sets and threads against float64."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from linvision.ops import use_backend
+from linvision.ops.backends.cpp.library import LEVELS, library, missing
+from tests.goldens import relative_error
+
+needs_kernels = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+BACKENDS = ["plain", pytest.param("cpp", marks=needs_kernels)]
+BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+@contextmanager
+def settings(level: int | None = None, threads: int | None = None) -> Iterator[None]:
+    """Run kernels for an older CPU, or on so many threads, as long as the context lasts."""
+    loaded, before = library(), torch.get_num_threads()
+    if loaded is None:
+        yield
+        return
+    try:
+        loaded.linvision_set_level(len(LEVELS) - 1 if level is None else level)
+        torch.set_num_threads(threads or before)
+        yield
+    finally:
+        loaded.linvision_set_level(-1)
+        torch.set_num_threads(before)
+
+
+def results(function: Function, inputs: Sequence[Tensor | None]) -> list[Tensor]:
+    """Return the outputs and the gradients of all inputs, for weights of the outputs that depend on shapes alone."""
+    leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    weights = [torch.linspace(-1, 2, y.numel(), dtype=torch.float64).view(y.shape).to(y.dtype) for y in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, [x for x in leaves if x is not None], weights)]
+
+
+def assert_matches_float64(
+    function: Function, inputs: Sequence[Tensor | None], backend: str, *, bound: float | None = None
+) -> None:
+    """Compare outputs and gradients of a backend with the plain expression in float64 at the same values."""
+    with use_backend("plain"):
+        expected = results(function, [None if x is None else x.detach().double() for x in inputs])
+    with use_backend(backend):
+        actual = results(function, inputs)
+    first = next(x for x in inputs if x is not None)
+    for place, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
+        error = relative_error(ours, theirs, theirs.norm().clamp_min(1e-30))
+        assert error <= (bound or BOUND[first.dtype]), f"result {place}: {error}"
