@@ -199,7 +199,10 @@ def _fetch_published(name: str, revision: str | None) -> Path:
     if cfg.hf_hub_id:
         published = _published(name)
         return fetch_from_hub(str(cfg.hf_hub_id), accuracy=published.top1 if published else None, revision=revision)
-    raise ValueError(f"{name} has no published weights; train it, or load a file through checkpoint_path")
+    raise ValueError(
+        f"{name} has no published weights; load a file of your own through checkpoint_path, train it, or take a model "
+        "that has them, such as vil2_tiny_patch16_224"
+    )
 
 
 def _pretrained_cfg(name: str) -> PretrainedCfg:
