@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import linvision
-from linvision.models import resolve_name, save_pretrained, to_release
+from linvision.models import DownloadError, resolve_name, save_pretrained, to_release
 
 REPOSITORY = Path(__file__).parents[2]
 VIM_TINY = "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
@@ -138,3 +138,5 @@ def test_shared_models_are_read_from_the_hugging_face_hub(hub_cache):
     save_pretrained(model, cached_revision(hub_cache, "someone/vim", "main"))
     again = linvision.create_model("hf-hub:someone/vim")
     assert differing(again, model.state_dict()) == []
+    with pytest.raises(DownloadError, match=r"could not get hf-hub:someone/other from the Hugging Face hub \("):
+        linvision.create_model("hf-hub:someone/other")
