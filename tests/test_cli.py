@@ -12,9 +12,11 @@ from dataclasses import fields
 from pathlib import Path
 from pkgutil import resolve_name
 
+import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 import linvision
 from linvision import create_model
@@ -104,6 +106,8 @@ def test_overview_and_version(capfd):
         (["train", "--model", "vil2_tinny_patch16_224"], "did you mean vil2_tiny_patch16_224"),
         (["train", "--data", "digit"], "did you mean digits?"),
         (["train", "--img-size", "33"], "33 is not a multiple of the patch size 4"),
+        (["train", "--model", "vim_mini_patch4_32", "--img-size", "33"], "33 is not a multiple of the patch size 4"),
+        (["train", "--model", "deit3-tiny", "--img-size", "33"], "33 is not a multiple of the patch size 16"),
         (["train", "--overwrite"], "--overwrite needs --out"),
         (["train", "--resume", "gone"], "gone holds no run"),
         (["models", "vil9_tiny"], "unknown model 'vil9_tiny'; did you mean"),
@@ -248,6 +252,21 @@ def test_published_weights_without_a_network(command, tmp_path, monkeypatch, cap
     message = one_line(capfd)
     assert "https://ml.jku.at/research/vision_lstm/download/vil2_tiny16_e800_in1k.th" in message
     assert str(tmp_path / "checkpoints") in message
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "predict"])
+def test_published_weights_of_vim_without_a_network_and_of_l2vit(command, tmp_path, monkeypatch, capfd):
+    def offline(repo_id, **options):
+        raise LocalEntryNotFoundError("cannot reach the hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    (tmp_path / "a.png").write_bytes(b"")
+    more = {"train": ["--pretrained"], "eval": ["--data", "digits"], "predict": [str(tmp_path / "a.png")]}[command]
+    assert main([command, "--model", "vim_tiny_patch16_224", *more]) == 1
+    message = one_line(capfd)
+    assert "https://huggingface.co/hustvl/Vim-tiny-midclstok" in message
+    assert main([command, "--model", "L2ViT_Tiny", *more]) == 2
+    assert "no published weights; load a file of your own" in one_line(capfd)
 
 
 def test_traceback_on_request(monkeypatch):

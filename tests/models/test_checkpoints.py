@@ -108,6 +108,28 @@ def test_a_checkpoint_of_another_model_names_keys(tmp_path):
         linvision.create_model(MINI, checkpoint_path=tmp_path / "vit.pth")
 
 
+# The smallest models of the families that have names of their own for everything.
+SMALL = {
+    "vil_tiny_patch16_224": {"depth": 1, "img_size": 32},
+    "vim_mini_patch4_32": {"depth": 1},
+    "l2vit_tiny": {"depths": (1, 1), "dims": (16, 32), "num_heads": (1, 2)},
+    "deit3_tiny_patch16_224": {"depth": 1, "img_size": 32},
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_family_names_what_does_not_fit(name, tmp_path):
+    source = linvision.create_model(name, num_classes=7, **SMALL[name])
+    torch.save(linvision.models.to_release(name, source.state_dict()), tmp_path / "seven.pth")
+    options = {"num_classes": 10, "checkpoint_path": tmp_path / "seven.pth", **SMALL[name]}
+    with pytest.raises(CheckpointError, match=r"head\.weight \(7, .*\) in the file, \(10, .*drop_head=True"):
+        linvision.create_model(name, **options)
+    assert linvision.create_model(name, drop_head=True, **options).head.out_features == 10
+    torch.save(linvision.create_model("test_vit").state_dict(), tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match=r"other\.pth does not fit .*keys are missing: .*unknown to the model: "):
+        linvision.create_model(name, checkpoint_path=tmp_path / "other.pth", **SMALL[name])
+
+
 def test_half_precision_files_other_channels_and_other_grids(tmp_path):
     source = linvision.create_model(MINI)
     torch.save({key: x.half() for key, x in source.state_dict().items()}, tmp_path / "half.pth")

@@ -108,6 +108,22 @@ def test_overlapping_patches_in_the_second_generation():
     assert [tuple(x.shape) for x in maps] == [(1, 16, 7, 11)]
 
 
+@pytest.mark.parametrize("model_class", [VisionLSTM2, VisionLSTM])
+def test_maps_are_the_tokens_after_each_block_laid_out_by_rows(model_class):
+    torch.manual_seed(0)
+    model = model_class(32, 8, dim=16, depth=2, num_classes=5, legacy_norm=True).eval()
+    images = torch.randn(2, 3, 32, 48)
+    final, maps = model.forward_intermediates(images)
+    x, grid = model.embed(images)
+    for block, feature_map in zip(model.blocks, maps, strict=True):
+        x = block(x, grid)
+        torch.testing.assert_close(feature_map, x.mT.reshape(2, 16, 4, 6))
+    torch.testing.assert_close(model.finish((x, grid)), final)
+    normed = model.forward_intermediates(images, norm=True)[1][-1]
+    tokens = final if model_class is VisionLSTM2 else model.norm(final)
+    torch.testing.assert_close(normed, tokens.mT.reshape(2, 16, 4, 6))
+
+
 def test_initialisation_follows_its_table():
     torch.manual_seed(0)
     model = VisionLSTM2(64, 16, dim=64, depth=2, init_weights="original-fixed")

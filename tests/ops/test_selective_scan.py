@@ -5,6 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from linvision.ops import _selective_scan_tiled as tiled
@@ -384,6 +385,25 @@ def test_nothing_as_large_as_all_states_is_kept_for_the_backward_pass():
     numbers_of_inputs = sum(x.numel() for x in inputs.values())
     assert sum(x.numel() for x in kept) <= numbers_of_inputs + batch * num_tokens * width
     assert max(x.numel() for x in kept) < batch * num_tokens * width * num_states
+
+
+def test_memory_of_a_training_step_grows_linearly():
+    def peak(num_tokens: int) -> tuple[int, int]:
+        inputs = random_inputs(num_tokens, batch=1, width=64, num_states=16, dtype=torch.float32)
+        leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+        with profile(profile_memory=True) as profiler:
+            selective_scan(**leaves, delta_softplus=True).sum().backward()
+        events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+        held = highest = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            held += event.nbytes()
+            highest = max(highest, held)
+        return highest, sum(4 * x.numel() for x in inputs.values())
+
+    # 78 x 78 patches (1248 x 1248 pixels), and four times as many.
+    (short, _), (long, size_of_inputs) = peak(6084), peak(4 * 6084)
+    assert 0 < short < long < 4 * short
+    assert long < 4 * size_of_inputs  # all states together would be five times the inputs, more than once
 
 
 @pytest.mark.parametrize("options", [False, True])

@@ -8,13 +8,14 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from timm.models import PretrainedCfg, get_pretrained_cfg, is_model, model_entrypoint, split_model_name_tag
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from linvision.models import deit3, l2vit_variants, vil_variants, vim_variants
 from linvision.models._backbone import Published
-from linvision.models._checkpoints import StateDict, fetch, load_into, load_state_dict
+from linvision.models._checkpoints import DownloadError, StateDict, fetch, load_into, load_state_dict
 from linvision.models._hub import fetch_from_hub
 from linvision.models._names import UnknownNameError, did_you_mean
 
@@ -96,7 +97,11 @@ def create_model(
     if pretrained and checkpoint_path is not None:
         raise ValueError("give pretrained=True or checkpoint_path, not both")
     if checkpoint_path is None and not (pretrained and _family(name)):
-        return timm.create_model(name, pretrained=pretrained or name.startswith(SOURCES), **overrides)
+        try:
+            return timm.create_model(name, pretrained=pretrained or name.startswith(SOURCES), **overrides)
+        except (LocalEntryNotFoundError, HfHubHTTPError) as error:
+            reason = str(error).splitlines()[0]
+            raise DownloadError(f"could not get {name} from the Hugging Face hub ({reason})") from error
     path = Path(checkpoint_path) if checkpoint_path is not None else _fetch_published(name, revision)
     state_dict = load_state_dict(path, ema=ema)
     fresh_head = drop_head or (pretrained and overrides.get("num_classes", 1000) != 1000)
@@ -199,7 +204,10 @@ def _fetch_published(name: str, revision: str | None) -> Path:
     if cfg.hf_hub_id:
         published = _published(name)
         return fetch_from_hub(str(cfg.hf_hub_id), accuracy=published.top1 if published else None, revision=revision)
-    raise ValueError(f"{name} has no published weights; train it, or load a file through checkpoint_path")
+    raise ValueError(
+        f"{name} has no published weights; load a file of your own through checkpoint_path, train it, or take a model "
+        "that has them, such as vil2_tiny_patch16_224"
+    )
 
 
 def _pretrained_cfg(name: str) -> PretrainedCfg:

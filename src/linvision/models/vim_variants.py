@@ -136,6 +136,7 @@ default_cfgs = generate_default_cfgs(
         "vim_small_patch16_224.in1k": _cfg("Vim-small-midclstok"),
         "vim_small_patch16_stride8_224.in1k": _cfg("Vim-small-midclstok"),
         "vim_base_patch16_224.in1k": _cfg("Vim-base-midclstok"),
+        "vim_mini_patch4_32": classifier_cfg(num_classes=10, input_size=(3, 32, 32)),
     }
 )
 
@@ -172,7 +173,7 @@ FUNCTION_ARGUMENTS = {
 
 
 def _build(variant: str, pretrained: bool, overrides: dict[str, Any], **defaults: Any) -> nn.Module:
-    depth = overrides.get("depth", 24)
+    depth = overrides.get("depth", defaults.get("depth", 24))
     return build(
         VisionMamba,
         variant,
@@ -213,3 +214,10 @@ def vim_small_patch16_stride8_224(pretrained: bool = False, **overrides: Any) ->
 def vim_base_patch16_224(pretrained: bool = False, **overrides: Any) -> nn.Module:
     """Vim-B: 98 M parameters."""
     return _build("vim_base_patch16_224", pretrained, overrides, dim=768)
+
+
+@register_model
+def vim_mini_patch4_32(pretrained: bool = False, **overrides: Any) -> nn.Module:
+    """Vim for small images such as digits: 32x32 pixels, patches of 4, four layers. No published weights."""
+    own = {"img_size": 32, "patch_size": 4, "depth": 4}
+    return _build("vim_mini_patch4_32", pretrained, overrides, dim=192, **own)
