@@ -1,6 +1,7 @@
 """The compiled library: found beside this file, loaded at first use, called with structures that mirror arguments.h."""
 
 import ctypes
+import os
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -35,7 +36,13 @@ class Strided(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """Load the compiled kernels; None where they were not compiled."""
+    """Load the compiled kernels; None where they were not compiled.
+
+    LINVISION_CPP_LIBRARY names another build of them, such as one with AddressSanitizer.
+    """
+    other = os.environ.get("LINVISION_CPP_LIBRARY")
+    if other:
+        return ctypes.CDLL(other)
     try:
         file = resources.files("linvision.ops.backends.cpp") / LIBRARY
         with resources.as_file(file) as path:
