@@ -11,7 +11,7 @@ from torch import Tensor
 from linvision.ops._selective_scan_tiled import Inputs, interval
 from linvision.ops.backends.cpp.library import DTYPES, Strided, call, missing, pointer, with_unit_stride
 
-DEVICE = "cpu"
+DEVICE: str | None = "cpu"
 
 # Channels are grouped into pieces of work: several for each thread, whose scratch memory, half a kilobyte for each
 # token between kept states and vector of channels, fits into a core's cache. The widest vectors have 16 lanes.
