@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
-DEVICE = None
+DEVICE: str | None = None  # runs on any
 
 # Sizes of a tile on a CPU, in elements of (rows, tokens, N, E) per thread: one step of the recurrence is large enough
 # to be shared by the threads where the batch allows it, a tile's two or three buffers fit into the caches. Elsewhere

@@ -11,12 +11,13 @@ from torch import Tensor
 from linvision.ops._selective_scan_tiled import Inputs, interval
 from linvision.ops.backends.cpp.library import DTYPES, Strided, call, missing, pointer, with_unit_stride
 
-DEVICE = "cpu"
+DEVICE: str | None = "cpu"
 
-# Channels are grouped into pieces of work: several for each thread, whose scratch memory, half a kilobyte for each
-# token between kept states and vector of channels, fits into a core's cache. The widest vectors have 16 lanes.
+# Channels are grouped into pieces of work, as wide as possible for the sake of memory, as many as keep all threads busy
+# for this share of the time. Their scratch memory, half a kilobyte for each token between kept states and vector of
+# channels, is to fit into a core's cache. The widest vectors have 16 lanes.
 LANES = 16
-PIECES_PER_THREAD = 4
+BUSY = 0.85
 MAX_VECTOR_TOKENS = 1024
 
 
@@ -118,11 +119,7 @@ class _Computed:
         self.tokens = [None if x is None else with_unit_stride(x.to(self.dtype)) for x in tokens]
         self.vectors = [None if x is None else x.contiguous() for x in (inputs.D, inputs.delta_bias)]
         self.threads = torch.get_num_threads()
-        blocks = -(-inputs.u.shape[2] // LANES)
-        wanted = -(-PIECES_PER_THREAD * self.threads // max(1, inputs.u.shape[0]))
-        most = max(1, MAX_VECTOR_TOKENS // interval(inputs.A.shape[0]))
-        groups = min(blocks, max(wanted, -(-blocks // most)))
-        self.group = LANES * -(-blocks // groups)
+        self.group = _channels_of_a_piece(inputs, self.threads)
 
     def described(self) -> _Scan:
         """Describe the inputs to a kernel; they must outlive its call."""
@@ -142,3 +139,12 @@ class _Computed:
             inputs.reverse,
             self.threads,
         )
+
+
+def _channels_of_a_piece(inputs: Inputs, threads: int) -> int:
+    (num_states, width), batch = inputs.A.shape, inputs.u.shape[0]
+    blocks = -(-width // LANES)
+    groups = -(-blocks // max(1, MAX_VECTOR_TOKENS // interval(num_states)))
+    while groups < blocks and batch * groups < BUSY * threads * -(-batch * groups // threads):
+        groups += 1
+    return LANES * -(-blocks // groups)
