@@ -29,7 +29,8 @@ class Body(Protocol):
         DEVICE: the type of device that it is made for; None for any.
     """
 
-    DEVICE: str | None
+    @property
+    def DEVICE(self) -> str | None: ...  # noqa: N802
 
     def refuses(self, *tensors: Tensor | None) -> str | None:
         """Say why these inputs cannot be computed, or return None if they can."""
@@ -39,7 +40,7 @@ class Body(Protocol):
 class Plain:
     """The body in plain PyTorch, which computes anything: the expression that defines the op."""
 
-    DEVICE = None
+    DEVICE: str | None = None
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         self.forward = forward
