@@ -3,6 +3,8 @@
 Activations stay in token layout (B, S, channels) or, the same memory, (B, rows, columns, channels).
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
@@ -109,7 +111,7 @@ class ViLLayer(nn.Module):
         i, f = (Gate(gate.weight, gate.bias) for gate in (cell.igate, cell.fgate))
         q, k, v, i, f = mlstm_inputs(c, x, *projections, i=i, f=f)
         q, k, v = (tokens.unflatten(-1, (NUM_HEADS, -1)) for tokens in (q, k, v))
-        h = mlstm(q, k, v, i, f, reverse=self.reverse)
+        h = cast(Tensor, mlstm(q, k, v, i, f, reverse=self.reverse))
         norm = cell.outnorm
         y = gated_head_norm(h, c, z, weight=norm.weight, bias=norm.bias, skip=self.learnable_skip, eps=norm.eps)
         return self.proj_down(y)

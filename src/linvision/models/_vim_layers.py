@@ -96,12 +96,13 @@ class MambaMixer(nn.Module):
         shared = (u, delta, B, C, z)
         y = self._scan(*shared, self.A_log, self.D, self.dt_proj, reverse=self.directions == "backward")
         if self.directions == "v1":
-            y = y + self._scan(*shared, self.A_b_log, self.D, self.dt_proj, reverse=True)
+            y += self._scan(*shared, self.A_b_log, self.D, self.dt_proj, reverse=True)
         elif self.directions == "v2":
             u, delta, B, C = self._project(x, self.conv1d_b, self.x_proj_b, self.dt_proj_b)
-            y = y + self._scan(u, delta, B, C, z, self.A_b_log, self.D_b, self.dt_proj_b, reverse=True)
-            y = y / 2 if self.halve else y
-        out = self.out_proj(y)
+            y += self._scan(u, delta, B, C, z, self.A_b_log, self.D_b, self.dt_proj_b, reverse=True)
+        # Half of the weights instead of half of the sum: fewer numbers, and exactly the same result.
+        halve = self.halve and self.directions == "v2"
+        out = F.linear(y, self.out_proj.weight / 2 if halve else self.out_proj.weight)
         return out if self.gamma is None else out * self.gamma
 
     def _project(

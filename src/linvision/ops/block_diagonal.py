@@ -82,8 +82,7 @@ def mlstm_inputs(
     Raises:
         ValueError: where shapes, types or devices disagree.
     """
-    weights = [part.weight for part in (q, k, v)]
-    biases = [part.bias for part in (q, k, v)]
+    weights, biases = (q.weight, k.weight, v.weight), (q.bias, k.bias, v.bias)
     arguments = (c, x, *weights, *biases, i.weight, f.weight, i.bias, f.bias)
     _check(*arguments)
     if BODIES.runs_plain(c, i.bias):
@@ -187,8 +186,8 @@ def _mlstm_inputs(
     weights, biases = (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias)
     with torch.autocast(c.device.type, enabled=False):
         if body is BODIES.bodies["plain"]:
-            *tokens, i, f = _plain(c, x, *weights, *biases, i_weight, f_weight, i_bias, f_bias)
-            return *tokens, i.contiguous(), f.contiguous()
+            q, k, v, i, f = _plain(c, x, *weights, *biases, i_weight, f_weight, i_bias, f_bias)
+            return q.contiguous(), k.contiguous(), v.contiguous(), i.contiguous(), f.contiguous()
         return body.forward(c, x, weights, biases, (i_weight, f_weight), (i_bias, f_bias))
 
 
@@ -240,8 +239,9 @@ _mlstm_inputs.register_autograd(_gradient, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.linvision.mlstm_inputs)
-def mlstm_inputs_flops(c_shape, x_shape, q_shape, k_shape, v_shape, *args, out_shape=None, **options) -> int:
+def mlstm_inputs_flops(
+    c_shape, x_shape, q_shape, k_shape, v_shape, q_bias, k_bias, v_bias, i_shape, *args, out_shape=None, **options
+) -> int:
     """Count the multiply-adds of the projections and of the gates."""
     batch, tokens, width = c_shape
-    num_gates = 2 * out_shape[3][-1]
-    return 2 * batch * tokens * 3 * width * (BLOCK_SIZE + num_gates)
+    return 2 * batch * tokens * 3 * width * (BLOCK_SIZE + 2 * i_shape[0])

@@ -122,7 +122,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool, silu
 def _depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool, silu: bool, reverse: bool) -> Tensor:
     body = BODIES.choose(x, weight, bias)
     with torch.autocast(x.device.type, enabled=False):
-        return body.forward(x, weight, bias, causal=causal, silu=silu, reverse=reverse)
+        return body.forward(x, weight, bias, causal=causal, silu=silu, reverse=reverse).contiguous()
 
 
 @_depthwise_conv.register_fake

@@ -96,27 +96,63 @@ LINVISION_INLINE Vec project_back(const Weights& weights, int p, int64_t c, cons
 template <typename T>
 using Rows = TokenRows<T, kTokens>;
 
-// The gates of a tile from its q, k and v, (kTokens, 3 * stride).
-void compute_gates(const QkvForward& args, const Weights& weights, const float* qkv, int64_t first, int64_t last) {
-  const int64_t depth = 3 * weights.stride;
+// The gates as linear maps of c and x themselves, since q, k and v are: two rows of channels and a constant for each.
+class FoldedGates {
+ public:
+  FoldedGates(const QkvForward& args, const Weights& weights)
+      : stride_(weights.stride), memory_(weights.num_gates * 2 * weights.stride) {
+    if (memory_.get() == nullptr) return;
+    for (int64_t g = 0; g < weights.num_gates; ++g) {
+      Vec constant = {};
+      for (int64_t c = 0; c < stride_; c += kLanes) {
+        Vec parts[3];
+        for (int p = 0; p < 3; ++p) {
+          const Vec weight = load(weights.gate(g, p) + c);
+          parts[p] = project_back(weights, p, c, Swapped(weight));
+          constant += weight * load(weights.bias(p) + c);
+        }
+        store(row(g, 0) + c, parts[kQ] + parts[kK]);
+        store(row(g, 1) + c, parts[kV]);
+      }
+      const int64_t gate = g / args.heads;
+      constants_[g] = total(constant) + (gate < 2 ? args.gate_biases[gate][g % args.heads] : 0.0f);
+    }
+  }
+  bool missing() const { return memory_.get() == nullptr; }
+  float* row(int64_t g, int source) const { return memory_.get() + (g * 2 + source) * stride_; }
+  float constant(int64_t g) const { return constants_[g]; }
+
+ private:
+  const int64_t stride_;
+  const Scratch memory_;
+  float constants_[kMaxGates];
+};
+
+// The gates of a tile from the tokens that are its sources.
+template <typename T>
+void compute_gates(const QkvForward& args, const FoldedGates& gates, const T* const (&c_rows)[kTokens],
+                   const T* const (&x_rows)[kTokens], int64_t first, int64_t last) {
   for (int64_t g = 0; g < 2 * args.heads; g += kGates) {
     Vec sums[kTokens][kGates] = {};
-    for (int64_t j = 0; j < depth; j += kLanes) {
-      Vec weight[kGates];
+    each_vector(args.width, [&](auto whole, int64_t c, int n) __attribute__((always_inline)) {
+      constexpr bool kWhole = decltype(whole)::value;
+#pragma GCC unroll 2
+      for (int source = 0; source < 2; ++source) {
+        Vec weight[kGates];
 #pragma GCC unroll 4
-      for (int n = 0; n < kGates; ++n) weight[n] = load(weights.gate(g + n) + j);
+        for (int j = 0; j < kGates; ++j) weight[j] = load(gates.row(g + j, source) + c);
 #pragma GCC unroll 4
-      for (int t = 0; t < kTokens; ++t) {
-        const Vec x = load(qkv + t * depth + j);
+        for (int t = 0; t < kTokens; ++t) {
+          const Vec token = load_channels<kWhole>((source == 0 ? c_rows[t] : x_rows[t]) + c, n);
 #pragma GCC unroll 4
-        for (int n = 0; n < kGates; ++n) sums[t][n] += x * weight[n];
+          for (int j = 0; j < kGates; ++j) sums[t][j] += token * weight[j];
+        }
       }
-    }
+    });
     for (int64_t t = 0; t < smaller(kTokens, last - first); ++t) {
-      for (int64_t n = 0; n < smaller(kGates, 2 * args.heads - g); ++n) {
-        const int64_t gate = (g + n) / args.heads, head = (g + n) % args.heads;
-        float* out = gate == 0 ? args.i : args.f;
-        out[(first + t) * args.heads + head] = total(sums[t][n]) + args.gate_biases[gate][head];
+      for (int64_t j = 0; j < smaller(kGates, 2 * args.heads - g); ++j) {
+        float* out = g + j < args.heads ? args.i : args.f;
+        out[(first + t) * args.heads + (g + j) % args.heads] = total(sums[t][j]) + gates.constant(g + j);
       }
     }
   }
@@ -126,19 +162,19 @@ template <typename T>
 int32_t forward(const QkvForward& args) {
   const Weights weights(args.weights, args.biases, args.gate_weights, args.width, args.heads);
   if (weights.missing()) return kOutOfMemory;
+  const FoldedGates gates(args, weights);
+  if (gates.missing()) return kOutOfMemory;
   const TokenBlocks blocks(args.batch * args.tokens, kTokens, 8 * larger(1, args.threads));
   int32_t status = kDone;
   parallel_for(args.threads, blocks.count, [&](int64_t block) {
-    const Scratch memory((3 * kTokens + 2) * weights.stride);
-    if (memory.get() == nullptr) {
+    const Scratch spare(2 * weights.stride);
+    if (spare.get() == nullptr) {
       status = kOutOfMemory;
       return;
     }
-    const int64_t depth = 3 * weights.stride;
-    float* qkv = memory.get();
-    memset(qkv + kTokens * depth, 0, weights.stride * sizeof(float));
-    const T* zeros = reinterpret_cast<const T*>(qkv + kTokens * depth);
-    T* nowhere = reinterpret_cast<T*>(qkv + kTokens * depth + weights.stride);
+    memset(spare.get(), 0, weights.stride * sizeof(float));
+    const T* zeros = reinterpret_cast<const T*>(spare.get());
+    T* nowhere = reinterpret_cast<T*>(spare.get() + weights.stride);
     const int64_t last = blocks.last(block);
     for (int64_t first = blocks.first(block); first < last; first += kTokens) {
       const Rows<const T> c_rows(args.c, args.tokens, first, last, zeros);
@@ -150,6 +186,8 @@ int32_t forward(const QkvForward& args) {
         constexpr bool kWhole = decltype(whole)::value;
 #pragma GCC unroll 4
         for (int t = 0; t < kTokens; ++t) {
+          __builtin_prefetch(c_rows.rows[t] + c + kTokens * args.c.token);  // of the next tile
+          __builtin_prefetch(x_rows.rows[t] + c + kTokens * args.x.token);
           const Swapped from_c(load_channels<kWhole>(c_rows.rows[t] + c, n));
           const Swapped from_x(load_channels<kWhole>(x_rows.rows[t] + c, n));
           const Vec q = project(weights, kQ, c, from_c), k = project(weights, kK, c, from_c);
@@ -157,12 +195,9 @@ int32_t forward(const QkvForward& args) {
           store_channels<kWhole>(q_rows.rows[t] + c, q, n);
           store_channels<kWhole>(k_rows.rows[t] + c, k, n);
           store_channels<kWhole>(v_rows.rows[t] + c, v, n);
-          store(qkv + t * depth + c, q);
-          store(qkv + t * depth + weights.stride + c, k);
-          store(qkv + t * depth + 2 * weights.stride + c, v);
         }
       });
-      compute_gates(args, weights, qkv, first, last);
+      compute_gates(args, gates, c_rows.rows, x_rows.rows, first, last);
     }
   });
   return status;
@@ -276,6 +311,13 @@ int32_t backward(const QkvBackward& args) {
       const Rows<T> dx(args.dx, args.tokens, first, last, nowhere);
       each_vector(args.width, [&](auto whole, int64_t c, int n) __attribute__((always_inline)) {
         constexpr bool kWhole = decltype(whole)::value;
+        for (int t = 0; t < kTokens; ++t) {  // the next tile's, for the caches
+          __builtin_prefetch(c_rows.rows[t] + c + kTokens * args.c.token);
+          __builtin_prefetch(x_rows.rows[t] + c + kTokens * args.x.token);
+          __builtin_prefetch(dq.rows[t] + c + kTokens * args.dq.token);
+          __builtin_prefetch(dk.rows[t] + c + kTokens * args.dk.token);
+          __builtin_prefetch(dv.rows[t] + c + kTokens * args.dv.token);
+        }
         Vec d[kTokens] = {};
         differentiate<kWhole>(weights, gradients, kQ, c, n, c_rows.rows, dq.rows, gates, num_gates, d);
         differentiate<kWhole>(weights, gradients, kK, c, n, c_rows.rows, dk.rows, gates, num_gates, d);

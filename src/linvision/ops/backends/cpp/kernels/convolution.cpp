@@ -81,6 +81,15 @@ LINVISION_INLINE T* token_of(const Grid& grid, int64_t image, int64_t row, int64
   return static_cast<T*>(grid.data) + image * grid.batch + row * grid.row + column * grid.column;
 }
 
+// The last token of the lowest row under the window of an output: to the caches, that row is new, and the next tile's
+// part of it is worth fetching ahead.
+template <typename T>
+LINVISION_INLINE const T* newest_token(const Grid& grid, const ConvShape& shape, int64_t image, int64_t row,
+                                       int64_t column) {
+  const int64_t lowest = smaller(row + shape.kernel_rows - 1 - shape.top, shape.rows - 1);
+  return token_of<const T>(grid, image, lowest, column + shape.kernel_columns - 1 - shape.left);
+}
+
 // The tokens of a tile, as many as there are, and something else to point at in place of the others.
 template <typename T>
 struct TileTokens {
@@ -156,10 +165,12 @@ int32_t convolve(const Grid& x, const Grid& y, const ConvShape& shape, const Tap
     each_tile(blocks, shape, index, [&](int64_t image, int64_t row, int64_t column, int64_t count) {
       const Window<In> window(x, shape, image, row, column, zeros);
       const TileTokens<Out> out(y, image, row, column, count, nowhere);
+      const In* next = newest_token<In>(x, shape, image, row, column + kTile);
       each_vector(shape.channels, [&](auto whole, int64_t c, int n) __attribute__((always_inline)) {
         constexpr bool kWhole = decltype(whole)::value;
         Vec sums[kTile];
         convolve_channels<kColumns, kWhole>(window, taps, shape.kernel_columns, c, n, sums);
+        for (int t = 0; t < kTile; ++t) __builtin_prefetch(next + t * x.column + c);
 #pragma GCC unroll 8
         for (int t = 0; t < kTile; ++t) {
           store_channels<kWhole>(out.tokens[t] + c, with_silu ? silu(sums[t]) : sums[t], n);
@@ -223,10 +234,16 @@ int32_t differentiate_kernel(const DepthwiseConvBackward& args, const ConvShape&
     float *nowhere = spare.get() + taps.stride, *gradients = parts.get() + part * size;
     const auto add_tile = [&](int64_t image, int64_t row, int64_t column, int64_t count) {
       const Window<T> window(args.x, shape, image, row, column, zeros);
+      const T* next_x = newest_token<T>(args.x, shape, image, row, column + kTile);
+      const T* next_dy = token_of<const T>(args.dy, image, row, column + kTile);
       const TileTokens<const T> dy(args.dy, image, row, column, count, zeros);
       const TileTokens<float> d_sum(args.d_sum, image, row, column, args.silu ? count : 0, nowhere);
       each_vector(shape.channels, [&](auto whole, int64_t c, int n) __attribute__((always_inline)) {
         constexpr bool kWhole = decltype(whole)::value;
+        for (int t = 0; t < kTile; ++t) {
+          __builtin_prefetch(next_x + t * args.x.column + c);
+          __builtin_prefetch(next_dy + t * args.dy.column + c);
+        }
         Vec d[kTile];
 #pragma GCC unroll 8
         for (int t = 0; t < kTile; ++t) d[t] = load_channels<kWhole>(dy.tokens[t] + c, n);
