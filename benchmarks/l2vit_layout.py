@@ -14,13 +14,13 @@ import argparse
 import os
 import platform
 from statistics import median
-from time import perf_counter
 
 import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from linvision.bench.measure import alternate
 from linvision.models._l2vit_layers import LocalBlock
 from linvision.models.l2vit import L2ViT
 
@@ -91,17 +91,6 @@ def straightforward(model: L2ViT, image: Tensor) -> Tensor:
     return model.head(model.norm(x).mean(1))
 
 
-def alternate(contestants: dict, repeats: int) -> dict[str, list[float]]:
-    """Time each contestant once a round, in seconds."""
-    times = {name: [] for name in contestants}
-    for _ in range(repeats + 1):
-        for name, run in contestants.items():
-            start = perf_counter()
-            run()
-            times[name].append(perf_counter() - start)
-    return {name: all_times[1:] for name, all_times in times.items()}
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -120,7 +109,7 @@ def main() -> None:
     }
     with torch.inference_mode():
         error = (straightforward(model, image) - model(image)).norm() / model(image).norm()
-        times = alternate(contestants, args.repeats)
+        times = alternate(contestants, rounds=args.repeats, seconds=3600, synchronize=lambda: None)
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"images {tuple(image.shape)}, {image.dtype}, {args.repeats} alternating rounds; difference {error:.0e}")
     for name, own in times.items():

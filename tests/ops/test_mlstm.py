@@ -215,6 +215,13 @@ def test_kernels_take_any_shape_and_layout(data):
     assert_kernels_are_exact([q, k, v, i, f], None, reverse)
 
 
+@pytest.mark.parametrize("place", range(5), ids=list("qkvif"))
+def test_nan_is_not_lost(place, backend):
+    inputs = random_inputs(70, 8, dtype=torch.float32)
+    inputs[place][:, 40] = torch.nan
+    assert mlstm(*inputs)[:, 40].isnan().any()
+
+
 def test_threads_share_a_sequence_with_fewer_heads_than_threads():
     if library.missing():
         pytest.skip("not compiled")

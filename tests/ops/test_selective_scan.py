@@ -11,20 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from linvision.ops import _selective_scan_tiled as tiled
 from linvision.ops import selective_scan, selective_scan_sequential
 from linvision.ops._dispatch import BackendError, use_backend
-from linvision.ops.backends.cpp.library import LEVELS, level, library, missing
+from linvision.ops.backends.cpp import library
 from linvision.ops.selective_scan import BODIES
 from tests import goldens
 
 FORMS = [selective_scan, selective_scan_sequential]
 TOKENS = ("u", "delta", "B", "C", "z")
-
-
-@pytest.fixture(params=["plain", "cpp"])
-def backend(request):
-    if request.param == "cpp" and missing() is not None:
-        pytest.skip(f"the C++ kernels are {missing()}")
-    with use_backend(request.param):
-        yield request.param
 
 
 def random_inputs(
@@ -182,23 +174,13 @@ def test_half_precision_against_float64(reverse, dtype, bound, backend):
     assert_as_exact(random_inputs(65, width=21, num_states=16, dtype=dtype), bound=bound, reverse=reverse)
 
 
-@pytest.mark.parametrize("wanted", LEVELS)
 @pytest.mark.parametrize("num_states", [7, 16])
-@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
-def test_every_instruction_set_that_this_cpu_has(wanted, num_states, backend):
-    kernels, before = library(), LEVELS.index(level())
-    assert kernels is not None
-    if LEVELS.index(wanted) > before:
-        pytest.skip(f"this CPU has no {wanted}")
-    try:
-        kernels.linvision_set_level(LEVELS.index(wanted))
-        assert level() == wanted
-        for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 8e-3)):
-            assert_as_exact(random_inputs(37, width=21, num_states=num_states, dtype=dtype), bound=bound)
-            large = {"A": -torch.linspace(0, 300, 21 * num_states).view(21, num_states)}
-            assert_as_exact(random_inputs(37, width=21, num_states=num_states, dtype=dtype) | large, bound=bound)
-    finally:
-        kernels.linvision_set_level(before)
+def test_every_instruction_set_that_this_cpu_has(num_states, level):
+    assert library.level() == level
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 8e-3)):
+        assert_as_exact(random_inputs(37, width=21, num_states=num_states, dtype=dtype), bound=bound)
+        large = {"A": -torch.linspace(0, 300, 21 * num_states).view(21, num_states)}
+        assert_as_exact(random_inputs(37, width=21, num_states=num_states, dtype=dtype) | large, bound=bound)
 
 
 def test_threads_share_the_work_of_any_batch(backend):

@@ -3,8 +3,6 @@
 Activations stay in token layout (B, S, channels) or, the same memory, (B, rows, columns, channels).
 """
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
@@ -102,19 +100,23 @@ class ViLLayer(nn.Module):
 
     def forward(self, u: Tensor, grid: tuple[int, int]) -> Tensor:
         """Map tokens (B, rows * columns, dim) of a grid (rows, columns)."""
-        # Two products instead of one and a split: x and z come out contiguous.
-        weights = self.proj_up.weight.chunk(2)
-        biases = (None, None) if self.proj_up.bias is None else self.proj_up.bias.chunk(2)
-        x, z = (F.linear(u, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+        # Two products instead of one and a split: x and z come out contiguous, and z not before it is needed.
+        x_weight, z_weight = self.proj_up.weight.chunk(2)
+        x_bias, z_bias = (None, None) if self.proj_up.bias is None else self.proj_up.bias.chunk(2)
+        h, c = self._mix(F.linear(u, x_weight, x_bias), grid)
+        z, norm = F.linear(u, z_weight, z_bias), self.mlstm_cell.outnorm
+        y = gated_head_norm(h, c, z, weight=norm.weight, bias=norm.bias, skip=self.learnable_skip, eps=norm.eps)
+        return self.proj_down(y)
+
+    def _mix(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Return the mLSTM's heads (B, S, H, D) and the convolved tokens (B, S, E)."""
         c, cell = getattr(self, self.conv_name)(x, grid), self.mlstm_cell
         projections = (BlockDiagonal(p.weight, p.bias) for p in (self.q_proj, self.k_proj, self.v_proj))
         i, f = (Gate(gate.weight, gate.bias) for gate in (cell.igate, cell.fgate))
         q, k, v, i, f = mlstm_inputs(c, x, *projections, i=i, f=f)
+        del x  # a fifth of what would be alive in the mLSTM
         q, k, v = (tokens.unflatten(-1, (NUM_HEADS, -1)) for tokens in (q, k, v))
-        h = cast(Tensor, mlstm(q, k, v, i, f, reverse=self.reverse))
-        norm = cell.outnorm
-        y = gated_head_norm(h, c, z, weight=norm.weight, bias=norm.bias, skip=self.learnable_skip, eps=norm.eps)
-        return self.proj_down(y)
+        return mlstm(q, k, v, i, f, reverse=self.reverse), c
 
 
 class ViLBlock(nn.Module):

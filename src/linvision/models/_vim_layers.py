@@ -92,44 +92,38 @@ class MambaMixer(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Mix (B, S, dim) over the sequence."""
         x, z = self.in_proj(tokens).chunk(2, dim=-1)
-        u, delta, B, C = self._project(x, self.conv1d, self.x_proj, self.dt_proj)
-        shared = (u, delta, B, C, z)
-        y = self._scan(*shared, self.A_log, self.D, self.dt_proj, reverse=self.directions == "backward")
+        scans = [(self.A_log, self.directions == "backward")]
         if self.directions == "v1":
-            y += self._scan(*shared, self.A_b_log, self.D, self.dt_proj, reverse=True)
-        elif self.directions == "v2":
-            u, delta, B, C = self._project(x, self.conv1d_b, self.x_proj_b, self.dt_proj_b)
-            y += self._scan(u, delta, B, C, z, self.A_b_log, self.D_b, self.dt_proj_b, reverse=True)
+            scans.append((self.A_b_log, True))
+        y = self._branch(x, z, self.conv1d, self.x_proj, self.dt_proj, self.D, scans)
+        if self.directions == "v2":
+            scans = [(self.A_b_log, True)]
+            y += self._branch(x, z, self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.D_b, scans)
         # Half of the weights instead of half of the sum: fewer numbers, and exactly the same result.
         halve = self.halve and self.directions == "v2"
         out = F.linear(y, self.out_proj.weight / 2 if halve else self.out_proj.weight)
         return out if self.gamma is None else out * self.gamma
 
-    def _project(
-        self, x: Tensor, conv: CausalConv, x_proj: nn.Linear, dt_proj: nn.Linear
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _branch(
+        self,
+        x: Tensor,
+        z: Tensor,
+        conv: CausalConv,
+        x_proj: nn.Linear,
+        dt_proj: nn.Linear,
+        D: Tensor,
+        scans: list[tuple[Tensor, bool]],
+    ) -> Tensor:
+        """Convolve, project and scan: the sum over scans, each with its log A and whether it runs from the end."""
         u = conv(x)
         dt, B, C = x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        return u, F.linear(dt, dt_proj.weight), B, C
-
-    @staticmethod
-    def _scan(
-        u: Tensor,
-        delta: Tensor,
-        B: Tensor,
-        C: Tensor,
-        z: Tensor,
-        A_log: Tensor,
-        D: Tensor,
-        dt_proj: nn.Linear,
-        *,
-        reverse: bool,
-    ) -> Tensor:
-        # dt_proj's bias is added inside the scan, in float32.
-        A = -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
-        bias = dt_proj.bias
-        y = selective_scan(u, delta, A, B, C, D=D, z=z, delta_bias=bias, delta_softplus=True, reverse=reverse)
-        return cast(Tensor, y)
+        delta, bias = F.linear(dt, dt_proj.weight), dt_proj.bias  # the bias is added inside the scan, in float32
+        results = []
+        for A_log, reverse in scans:
+            A = -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
+            y = selective_scan(u, delta, A, B, C, D=D, z=z, delta_bias=bias, delta_softplus=True, reverse=reverse)
+            results.append(cast(Tensor, y))
+        return results[0] if len(results) == 1 else results[0] + results[1]
 
     @torch.no_grad()
     def initialise(self, *, depth: int) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from linvision.ops.backends.cpp.library import DTYPES, Strided, call, missing, pointer, with_unit_stride
+from linvision.ops.backends.cpp.library import DTYPES, Strided, call, pointer, readable, unreadable
 
 DEVICE = "cpu"
 MAX_HEADS = 32
@@ -46,13 +46,10 @@ def refuses(*tensors: Tensor | None) -> str | None:
     c, gate_bias = tensors[:2]
     assert c is not None
     assert gate_bias is not None
-    if c.device.type != "cpu":
-        return f"the tensors are on {c.device}, not on a CPU"
-    if c.dtype == torch.float64:
-        return "float64 is computed in plain PyTorch"
-    if len(gate_bias) > MAX_HEADS:
+    reason = unreadable(c)
+    if reason is None and len(gate_bias) > MAX_HEADS:
         return f"{len(gate_bias)} heads, above {MAX_HEADS}"
-    return missing()
+    return reason
 
 
 def forward(
@@ -64,7 +61,7 @@ def forward(
     gate_biases: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute q, k, v (B, S, E) and i, f (B, S, H) in float32."""
-    c_, x_ = (_readable(tensor) for tensor in (c, x))
+    c_, x_ = (readable(tensor) for tensor in (c, x))
     q, k, v = (c_.new_empty(c_.shape) for _ in range(3))
     i, f = (c_.new_empty(*c.shape[:2], len(gate_biases[0]), dtype=torch.float32) for _ in range(2))
     parameters = [_floats(group) for group in (weights, biases, gate_weights, gate_biases)]
@@ -92,8 +89,8 @@ def backward(
     gate_biases: Sequence[Tensor],
 ) -> list[Tensor]:
     """Compute from those of q, k, v, i, f the gradients of all inputs, in order, the biases that are None left out."""
-    c_, x_ = (_readable(tensor) for tensor in (c, x))
-    dq, dk, dv = (_readable(d.to(c_.dtype)) for d in gradients[:3])
+    c_, x_ = (readable(tensor) for tensor in (c, x))
+    dq, dk, dv = (readable(d.to(c_.dtype)) for d in gradients[:3])
     di, df = (d.float().contiguous() for d in gradients[3:])
     dc, dx = c_.new_empty(c_.shape), c_.new_empty(c_.shape)
     parameters = [_floats(group) for group in (weights, biases, gate_weights)]
@@ -115,10 +112,6 @@ def backward(
     inputs = [c, x, *weights, *biases, *gate_weights, *gate_biases]
     computed = [dc, dx, *(d for group in results for d in group)]
     return [d.to(p.dtype) for d, p in zip(computed, inputs, strict=True) if d is not None and p is not None]
-
-
-def _readable(x: Tensor) -> Tensor:
-    return with_unit_stride(x if x.dtype in DTYPES else x.float())
 
 
 def _floats(group: Sequence[Tensor | None]) -> list[Tensor | None]:

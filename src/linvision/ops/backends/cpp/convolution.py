@@ -5,7 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from linvision.ops.backends.cpp.library import DTYPES, call, missing, pointer, with_unit_stride
+from linvision.ops.backends.cpp.library import DTYPES, call, pointer, readable, unreadable, with_unit_stride
 
 DEVICE = "cpu"
 MAX_KERNEL = 15
@@ -54,18 +54,15 @@ def refuses(*tensors: Tensor | None) -> str | None:
     x, weight = tensors[:2]
     assert x is not None
     assert weight is not None
-    if x.device.type != "cpu":
-        return f"the tensors are on {x.device}, not on a CPU"
-    if x.dtype == torch.float64:
-        return "float64 is computed in plain PyTorch"
-    if max(weight.shape[-2:]) > MAX_KERNEL:
+    reason = unreadable(x)
+    if reason is None and max(weight.shape[-2:]) > MAX_KERNEL:
         return f"a kernel of {tuple(weight.shape[-2:])}, above {MAX_KERNEL}"
-    return missing()
+    return reason
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *, causal: bool, silu: bool, reverse: bool) -> Tensor:
     """Convolve a grid (B, rows, columns, C) with kernels (C, 1, kernel rows, kernel columns)."""
-    x_, weight_, bias_ = _readable(x), weight.float().contiguous(), _as_float(bias)
+    x_, weight_, bias_ = readable(x), weight.float().contiguous(), _as_float(bias)
     y = x_.new_empty(x_.shape)
     arguments = _Forward(
         _Grid.of(x_),
@@ -86,7 +83,7 @@ def backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *, causal: bool, silu: bool, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of x, weight and bias; without a bias the last one means nothing."""
-    x_, weight_, bias_ = _readable(x), weight.float().contiguous(), _as_float(bias)
+    x_, weight_, bias_ = readable(x), weight.float().contiguous(), _as_float(bias)
     dy_ = with_unit_stride(dy.to(x_.dtype))
     dx, dweight, dbias = x_.new_empty(x_.shape), torch.empty_like(weight_), weight_.new_empty(len(weight))
     d_sum = x_.new_empty(x_.shape, dtype=torch.float32) if silu else None
@@ -107,10 +104,6 @@ def backward(
 def _shape(x: Tensor, weight: Tensor, causal: bool) -> tuple[int, ...]:
     rows, columns = weight.shape[-2:]
     return (*x.shape, rows, columns, rows // 2, columns - 1 if causal else columns // 2)
-
-
-def _readable(x: Tensor) -> Tensor:
-    return with_unit_stride(x if x.dtype in DTYPES else x.float())
 
 
 def _as_float(bias: Tensor | None) -> Tensor | None:

@@ -5,7 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from linvision.ops.backends.cpp.library import DTYPES, Strided, call, missing, pointer, with_unit_stride
+from linvision.ops.backends.cpp.library import DTYPES, Strided, call, pointer, readable, unreadable, with_unit_stride
 
 DEVICE = "cpu"
 
@@ -36,16 +36,12 @@ def refuses(*tensors: Tensor | None) -> str | None:
     """Say why these inputs (h, ...) cannot be computed, or return None if they can."""
     h = tensors[0]
     assert h is not None
-    if h.device.type != "cpu":
-        return f"the tensors are on {h.device}, not on a CPU"
-    if h.dtype == torch.float64:
-        return "float64 is computed in plain PyTorch"
-    return missing()
+    return unreadable(h)
 
 
 def forward(h: Tensor, c: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor, eps: float) -> Tensor:
     """Normalise the heads of h (B, S, H, D), add skip * c and gate by z: (B, S, E)."""
-    h_, c_, z_ = (_readable(x) for x in (h, c, z))
+    h_, c_, z_ = (readable(x) for x in (h, c, z))
     parameters = [None if x is None else x.float().contiguous() for x in (weight, bias, skip)]
     y = c_.new_empty(c_.shape)
     arguments = _Forward(
@@ -64,7 +60,7 @@ def backward(
     dy: Tensor, h: Tensor, c: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor, eps: float
 ) -> list[Tensor]:
     """Compute the gradients of all inputs, in order, that of a bias that is None left out."""
-    h_, c_, z_ = (_readable(x) for x in (h, c, z))
+    h_, c_, z_ = (readable(x) for x in (h, c, z))
     dy_ = with_unit_stride(dy.to(h_.dtype))
     parameters = [None if x is None else x.float().contiguous() for x in (weight, bias, skip)]
     dh, dc, dz = (x.new_empty(x.shape) for x in (h_, c_, z_))
@@ -80,7 +76,3 @@ def backward(
     call("linvision_gated_norm_backward", arguments)
     pairs = zip((dh, dc, dz, *results), (h, c, z, weight, bias, skip), strict=True)
     return [d.to(x.dtype) for d, x in pairs if d is not None and x is not None]
-
-
-def _readable(x: Tensor) -> Tensor:
-    return with_unit_stride(x if x.dtype in DTYPES else x.float())

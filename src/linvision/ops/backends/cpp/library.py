@@ -84,3 +84,17 @@ def pointer(x: Tensor | None) -> int | None:
 def with_unit_stride(x: Tensor) -> Tensor:
     """Return a tensor whose last axis is contiguous: x itself, or a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def readable(x: Tensor) -> Tensor:
+    """Return tokens as kernels read them: x itself, or a copy with a contiguous last axis; float16 becomes float32."""
+    return with_unit_stride(x if x.dtype in DTYPES else x.float())
+
+
+def unreadable(x: Tensor) -> str | None:
+    """Say why no kernel can compute what belongs to these tokens, or return None if one can."""
+    if x.device.type != "cpu":
+        return f"the tensors are on {x.device}, not on a CPU"
+    if x.dtype == torch.float64:
+        return "float64 is computed in plain PyTorch"
+    return missing()

@@ -8,7 +8,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from linvision.ops.backends.cpp.library import DTYPES, Strided, call, missing, pointer, with_unit_stride
+from linvision.ops.backends.cpp.library import DTYPES, Strided, call, pointer, readable, unreadable
 
 DEVICE = "cpu"
 MAX_HEAD_DIM = 1024
@@ -46,13 +46,10 @@ def refuses(*tensors: Tensor | None) -> str | None:
     """Say why these inputs (q, k, v, i, f, ...) cannot be computed, or return None if they can."""
     q = tensors[0]
     assert q is not None
-    if q.device.type != "cpu":
-        return f"the tensors are on {q.device}, not on a CPU"
-    if q.dtype == torch.float64:
-        return "float64 is computed in plain PyTorch"
-    if q.shape[-1] > MAX_HEAD_DIM:
+    reason = unreadable(q)
+    if reason is None and q.shape[-1] > MAX_HEAD_DIM:
         return f"heads of {q.shape[-1]} channels, above {MAX_HEAD_DIM}"
-    return missing()
+    return reason
 
 
 def forward(
@@ -62,7 +59,7 @@ def forward(
 
     Without ``return_state`` the final state is left out: three empty tensors.
     """
-    q_, k_, v_ = (_readable(x) for x in (q, k, v))
+    q_, k_, v_ = (readable(x) for x in (q, k, v))
     i_, f_ = i.float(), f.float()
     h = q_.new_empty(q.shape)
     initial = None if state is None else _contiguous(*state)
@@ -91,7 +88,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of (q, k, v, i, f) and of the initial (C^T, n) from those of h and of the final (C^T, n)."""
     q, k, v, i, f = inputs
-    q_, k_, v_, h_, dh_ = (_readable(x) for x in (q, k, v, h, dh))
+    q_, k_, v_, h_, dh_ = (readable(x) for x in (q, k, v, h, dh))
     i_, f_ = i.float(), f.float()
     dq, dk, dv = (q_.new_empty(q.shape) for _ in range(3))
     di, df = (q.new_empty(i.shape, dtype=torch.float32) for _ in range(2))
@@ -112,11 +109,6 @@ def backward(
     call("linvision_mlstm_backward", arguments)
     dq, dk, dv = (x.to(q.dtype) for x in (dq, dk, dv))
     return dq, dk, dv, di.to(i.dtype), df.to(f.dtype), d_initial[0], d_initial[1]
-
-
-def _readable(x: Tensor) -> Tensor:
-    """Return x with a contiguous last axis and in a type that the kernels read: float16 becomes float32."""
-    return with_unit_stride(x if x.dtype in DTYPES else x.float())
 
 
 def _state_shapes(q: Tensor) -> tuple[tuple[int, ...], ...]:

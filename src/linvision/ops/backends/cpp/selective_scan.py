@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from linvision.ops._selective_scan_tiled import Inputs, interval
-from linvision.ops.backends.cpp.library import DTYPES, Strided, call, missing, pointer, with_unit_stride
+from linvision.ops.backends.cpp.library import DTYPES, Strided, call, pointer, unreadable, with_unit_stride
 
 DEVICE: str | None = "cpu"
 
@@ -50,11 +50,7 @@ def refuses(*tensors: Tensor | None) -> str | None:
     """Say why these inputs (u, ...) cannot be computed, or return None if they can."""
     u = tensors[0]
     assert u is not None
-    if u.device.type != "cpu":
-        return f"the tensors are on {u.device}, not on a CPU"
-    if u.dtype == torch.float64:
-        return "float64 is computed in plain PyTorch"
-    return missing()
+    return unreadable(u)
 
 
 def forward(inputs: Inputs, initial_state: Tensor | None, keep_states: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,8 +1,8 @@
-// Queries and keys from c, values from x, by block-diagonal matrices of 4x4 blocks, and the gates from all three; forward
-// and backward.
+// Queries and keys from c, values from x, by block-diagonal matrices of 4x4 blocks, and the gates from all three:
+// forward and backward.
 //
-// Within a vector of channels a block of 4 is multiplied as y = sum over s < 4 of coefficients_s * swap_s(x), where swap_s
-// exchanges lane j and lane j ^ s: four products of whole vectors.
+// Within a vector of channels a block of 4 is multiplied as y = sum over s < 4 of coefficients_s * swap_s(x), where
+// swap_s exchanges lane j and lane j ^ s: four products of whole vectors.
 
 #include "arguments.h"
 #include "channels.h"
@@ -37,7 +37,8 @@ LINVISION_INLINE Vec swap_lanes(Vec x) {
 
 struct Swapped {
   Vec lanes[kBlock];
-  explicit inline __attribute__((always_inline)) Swapped(Vec x) : lanes{x, swap_lanes<1>(x), swap_lanes<2>(x), swap_lanes<3>(x)} {}
+  explicit inline __attribute__((always_inline)) Swapped(Vec x)
+      : lanes{x, swap_lanes<1>(x), swap_lanes<2>(x), swap_lanes<3>(x)} {}
 };
 
 // The weights as the kernels read them: rows of channels, zeros up to whole vectors.

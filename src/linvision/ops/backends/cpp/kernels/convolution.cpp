@@ -55,7 +55,8 @@ struct Blocks {
   Blocks(const ConvShape& shape, int threads) {
     const int64_t shares = 8 * larger(1, threads);
     height = larger(1, smaller(shape.rows, shape.batch * shape.rows / shares));
-    width = shape.rows > 1 ? larger(1, shape.columns) : round_up(larger(1, shape.batch * shape.columns / shares), kTile);
+    width = shape.rows > 1 ? larger(1, shape.columns)
+                           : round_up(larger(1, shape.batch * shape.columns / shares), kTile);
     down = (shape.rows + height - 1) / height;
     across = (shape.columns + width - 1) / width;
     count = shape.batch * down * across;

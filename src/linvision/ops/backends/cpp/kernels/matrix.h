@@ -8,8 +8,8 @@ namespace linvision {
 namespace LINVISION_ISA {
 
 // Rows and vectors of columns of the tile that stays in registers: 24 of 32 with AVX-512, else 12 of 16.
-constexpr int kTileRows = kLanes == 16 ? 8 : 4;
-constexpr int kTileVecs = 3;
+constexpr int kTileRows = 4;
+constexpr int kTileVecs = kLanes == 16 ? 6 : 3;
 
 struct Matrix {
   float* data;
@@ -21,37 +21,40 @@ template <int kVecs>
 LINVISION_INLINE void multiply_tile(int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
                                     float* c, int64_t c_stride, float scale) {
   Vec sums[kTileRows][kVecs];
-#pragma GCC unroll 8
-  for (int r = 0; r < kTileRows; ++r) {
 #pragma GCC unroll 4
+  for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 6
     for (int j = 0; j < kVecs; ++j) {
       sums[r][j] = scale == 0.0f ? Vec{} : load(c + r * c_stride + j * kLanes) * scale;
     }
   }
   for (int64_t d = 0; d < depth; ++d) {
     Vec column[kVecs];
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int j = 0; j < kVecs; ++j) column[j] = load(b + d * b_stride + j * kLanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int r = 0; r < kTileRows; ++r) {
       const Vec factor = splat(a[r * a_stride + d]);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
       for (int j = 0; j < kVecs; ++j) sums[r][j] += factor * column[j];
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < kTileRows; ++r) {
 #pragma GCC unroll 4
+  for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 6
     for (int j = 0; j < kVecs; ++j) store(c + r * c_stride + j * kLanes, sums[r][j]);
   }
 }
 
 // kTileRows rows of the product, for so many columns (a multiple of kLanes).
-[[maybe_unused]] static void multiply_rows(int64_t columns, int64_t depth, const float* a, int64_t a_stride, Matrix b, float* c,
-                          int64_t c_stride, float scale) {
+[[maybe_unused]] static void multiply_rows(int64_t columns, int64_t depth, const float* a, int64_t a_stride, Matrix b,
+                                           float* c, int64_t c_stride, float scale) {
   int64_t j = 0;
   for (; j + kTileVecs * kLanes <= columns; j += kTileVecs * kLanes) {
     multiply_tile<kTileVecs>(depth, a, a_stride, b.data + j, b.stride, c + j, c_stride, scale);
+  }
+  for (; kTileVecs > 3 && j + 3 * kLanes <= columns; j += 3 * kLanes) {
+    multiply_tile<3>(depth, a, a_stride, b.data + j, b.stride, c + j, c_stride, scale);
   }
   for (; j < columns; j += kLanes) {
     multiply_tile<1>(depth, a, a_stride, b.data + j, b.stride, c + j, c_stride, scale);
@@ -59,7 +62,8 @@ LINVISION_INLINE void multiply_tile(int64_t depth, const float* a, int64_t a_str
 }
 
 // C = scale C + A B with `rows` (a multiple of kTileRows) rows; a scale of 0 leaves C unread.
-[[maybe_unused]] static void multiply(int64_t rows, int64_t columns, int64_t depth, Matrix a, Matrix b, Matrix c, float scale) {
+[[maybe_unused]] static void multiply(int64_t rows, int64_t columns, int64_t depth, Matrix a, Matrix b, Matrix c,
+                                      float scale) {
   for (int64_t r = 0; r < rows; r += kTileRows) {
     multiply_rows(columns, depth, a.row(r), a.stride, b, c.row(r), c.stride, scale);
   }

@@ -5,7 +5,8 @@
 // between them follow, and a second round walks all segments at once.
 //
 // A chunk is copied to float32 rows, padded with zeros to whole vectors and tiles, in the order of the scan: `reverse`
-// is nothing more than another order of these copies.
+// is nothing more than another order of these copies. Sequences are cut into chunks of one length, at most kChunk, of
+// which as few tokens as possible are padding.
 
 #include "mlstm_chunk.h"
 
@@ -38,23 +39,24 @@ struct Workspace {
 };
 
 // Adds the chunk's keys and values to the state, which moves to the scale of the chunk's last token.
-void add_to_state(const Workspace& w, const ChunkGates<kChunk>& gates) {
+void add_to_state(const Workspace& w, const ChunkGates<kChunk>& gates, int64_t length) {
   for (int64_t d = 0; d < w.width; ++d) {
     for (int64_t s = 0; s < kChunk; s += kLanes) {
       store(w.keys.row(d) + s, load(w.keys.row(d) + s) * load(gates.decay_out + s));
     }
   }
-  multiply(w.width, w.width, kChunk, w.keys, w.v, w.C, gates.carry);
+  multiply(w.width, w.width, length, w.keys, w.v, w.C, gates.carry);
   scale_row(w.n, w.width, gates.carry);
-  for (int64_t s = 0; s < kChunk; ++s) add_scaled(w.n, w.k.row(s), w.width, gates.decay_out[s]);
+  for (int64_t s = 0; s < length; ++s) add_scaled(w.n, w.k.row(s), w.width, gates.decay_out[s]);
 }
 
 // Computes the chunk's h into w.out, from the state before it.
-void compute_outputs(const Workspace& w, const ChunkGates<kChunk>& gates, int64_t count, bool has_state) {
-  multiply_to_diagonal(kChunk, w.width, w.q, w.keys, w.scores);
-  if (has_state) multiply(kChunk, w.width, w.width, w.q, w.C, w.out, 0.0f);
+void compute_outputs(const Workspace& w, const ChunkGates<kChunk>& gates, int64_t length, int64_t count,
+                     bool has_state) {
+  multiply_to_diagonal(length, w.width, w.q, w.keys, w.scores);
+  if (has_state) multiply(length, w.width, w.width, w.q, w.C, w.out, 0.0f);
   float norms[kChunk];
-  for (int64_t t = 0; t < kChunk; ++t) {
+  for (int64_t t = 0; t < length; ++t) {
     float* row = w.scores.row(t);
     const Vec total = weigh_row(row, gates, t);
     norms[t] = sum(total);
@@ -63,10 +65,15 @@ void compute_outputs(const Workspace& w, const ChunkGates<kChunk>& gates, int64_
       scale_row(w.out.row(t), w.width, gates.decay_in[t]);
     }
   }
-  multiply_lower(kChunk, w.width, w.scores, w.v, w.out, has_state ? 1.0f : 0.0f);
+  multiply_lower(length, w.width, w.scores, w.v, w.out, has_state ? 1.0f : 0.0f);
   for (int64_t t = 0; t < count; ++t) {
     scale_row(w.out.row(t), w.width, 1.0f / denominator(norms[t], gates.floor[t]));
   }
+}
+
+int64_t chunk_length(int64_t tokens) {
+  const int64_t chunks = (tokens + kChunk - 1) / kChunk;
+  return round_up((tokens + chunks - 1) / chunks, kTileRows);
 }
 
 struct Segment {
@@ -77,22 +84,23 @@ struct Segment {
 template <typename T>
 void walk(const MlstmForward& args, const Segment& segment, Workspace& w, GateSums& sums, bool has_state,
           bool wants_outputs, bool wants_state) {
+  const int64_t length = chunk_length(args.tokens);
   const float scale = key_scale(args.head_dim);
   ChunkGates<kChunk> gates;
-  for (int64_t start = segment.start; start < segment.stop; start += kChunk) {
-    const Chunk chunk = {segment.batch, segment.head, start, smaller(kChunk, segment.stop - start), args.tokens,
+  for (int64_t start = segment.start; start < segment.stop; start += length) {
+    const Chunk chunk = {segment.batch, segment.head, start, smaller(length, segment.stop - start), args.tokens,
                          args.reverse != 0};
-    const bool feeds = wants_state || start + kChunk < segment.stop;
+    const bool feeds = wants_state || start + length < segment.stop;
     gates.prepare(args.i, args.f, chunk, sums);
-    gather<T>(args.k, chunk, args.head_dim, scale, w.k, kChunk, w.width);
-    gather<T>(args.v, chunk, args.head_dim, 1.0f, w.v, kChunk, w.width);
-    transpose(kChunk, w.width, w.k, w.keys);
+    gather<T>(args.k, chunk, args.head_dim, scale, w.k, length, w.width);
+    gather<T>(args.v, chunk, args.head_dim, 1.0f, w.v, length, w.width);
+    transpose(length, w.width, w.k, w.keys);
     if (wants_outputs) {
-      gather<T>(args.q, chunk, args.head_dim, 1.0f, w.q, kChunk, w.width);
-      compute_outputs(w, gates, chunk.count, has_state);
+      gather<T>(args.q, chunk, args.head_dim, 1.0f, w.q, length, w.width);
+      compute_outputs(w, gates, length, chunk.count, has_state);
       scatter<T>(args.h, chunk, args.head_dim, w.out);
     }
-    if (feeds) add_to_state(w, gates);
+    if (feeds) add_to_state(w, gates, length);
     has_state = true;
   }
 }
@@ -115,7 +123,7 @@ int32_t forward(const MlstmForward& args) {
   const bool wants_final = args.final.C != nullptr;
   int64_t num_segments = 1;
   while (heads * num_segments < args.threads && args.tokens > 4 * kChunk * num_segments) ++num_segments;
-  const int64_t length = round_up((args.tokens + num_segments - 1) / num_segments, kChunk);
+  const int64_t length = round_up((args.tokens + num_segments - 1) / num_segments, chunk_length(args.tokens));
   num_segments = (args.tokens + length - 1) / length;
   const auto segment_of = [&](int64_t index) {
     const int64_t head = index / num_segments, start = index % num_segments * length;

@@ -1,8 +1,8 @@
 // Chunkwise mLSTM, backward. The mathematics stands in ops/_mlstm_chunkwise.py.
 //
 // One piece of work is a head of a sequence. It is walked twice: forwards to compute the states before all chunks
-// again, then back, with the gradient of the state in cache. Gradients of the gates follow from q . dq and k . dk, whose
-// differences are summed on the way back.
+// again, then back, with the gradient of the state in cache. Gradients of the gates follow from q . dq and k . dk,
+// whose differences are summed on the way back.
 
 #include "mlstm_chunk.h"
 

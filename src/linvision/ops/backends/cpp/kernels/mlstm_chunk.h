@@ -166,8 +166,8 @@ void scatter(const Strided& to, const Chunk& chunk, int64_t head_dim, Matrix fro
   for (int64_t d = 0; d < head_dim; ++d) memcpy(to + d * head_dim, from + d * width, head_dim * sizeof(float));
 }
 
-[[maybe_unused]] static void load_state(const MlstmState& state, int64_t head, int64_t head_dim, int64_t width, float* C, float* n,
-                       GateSums& sums) {
+[[maybe_unused]] static void load_state(const MlstmState& state, int64_t head, int64_t head_dim, int64_t width,
+                                        float* C, float* n, GateSums& sums) {
   memset(n, 0, width * sizeof(float));
   sums = GateSums{};
   if (state.C == nullptr) {
@@ -179,8 +179,8 @@ void scatter(const Strided& to, const Chunk& chunk, int64_t head_dim, Matrix fro
   if (state.m != nullptr && state.m[head] > kNothingYet) sums.M = state.m[head];
 }
 
-[[maybe_unused]] static void store_state(const MlstmState& state, int64_t head, int64_t head_dim, int64_t width, const float* C,
-                        const float* n, const GateSums& sums) {
+[[maybe_unused]] static void store_state(const MlstmState& state, int64_t head, int64_t head_dim, int64_t width,
+                                         const float* C, const float* n, const GateSums& sums) {
   store_matrix(C, head_dim, width, state.C + head * head_dim * head_dim);
   memcpy(state.n + head * head_dim, n, head_dim * sizeof(float));
   if (state.m != nullptr) state.m[head] = static_cast<float>(sums.F + sums.M);

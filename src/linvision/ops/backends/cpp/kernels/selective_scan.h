@@ -31,8 +31,8 @@ LINVISION_INLINE Vec decay_of(Vec x) {
   return from_bits(bits_of(p) + (bits_of(shifted) << 23));
 }
 
-// log(1 + exp(x)) to 3e-7 of its value where that is a normal number, with a polynomial for log(1 + t) on [0, 1]; NaN for
-// NaN.
+// log(1 + exp(x)) to 3e-7 of its value where that is a normal number, with a polynomial for log(1 + t) on [0, 1]; a NaN
+// stays one.
 LINVISION_INLINE Vec step_size(Vec x) {
   const Vec t = decay_of<true>(absolute(x) * -kLog2E);
   Vec p = splat(5.23267621e-3f);

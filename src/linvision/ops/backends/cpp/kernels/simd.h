@@ -1,4 +1,4 @@
-// Vectors of floats as wide as the instruction set that this file is compiled for, and what the kernels compute on them.
+// Vectors of floats as wide as the instruction set that this file is compiled for, and what kernels compute on them.
 //
 // Every kernel is compiled several times, once for each instruction set, into a namespace of its own (LINVISION_ISA).
 // Nothing here may come from a standard template: the linker would keep one copy of it for all instruction sets.
@@ -105,7 +105,8 @@ LINVISION_INLINE float sum(Vec x) {
 // 2^x to 2e-7 of its value: 2^n from the exponent's bits, 2^f with |f| <= 1/2 as the Taylor series of degree 6.
 // Below -126 the result is 2^-126 (or rather less than 1.2e-38, where float32 ends), above 127.5 it is 2^127.5.
 LINVISION_INLINE Vec exp2(Vec x) {
-  x = minimum(maximum(x, splat(-126.0f)), splat(127.49f));
+  x = x < -126.0f ? splat(-126.0f) : x;  // in this order a NaN stays one
+  x = x > 127.49f ? splat(127.49f) : x;
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vec shifted = x + magic;
   const Vec f = x - (shifted - magic);
@@ -141,9 +142,6 @@ LINVISION_INLINE Vec log1p_of_fraction(Vec x) {
   p = p * s2 + 2.0f;
   return p * s;
 }
-
-// log(1 + exp(x)), for any x.
-LINVISION_INLINE Vec softplus(Vec x) { return maximum(x, Vec{}) + log1p_of_fraction(exp(-absolute(x))); }
 
 // Memory of one thread, aligned to cache lines; get() is null where there was none left.
 class Scratch {
