@@ -18,7 +18,7 @@ from statistics import median
 import timm
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
 
 from linvision.bench.measure import alternate
 from linvision.models._l2vit_layers import LocalBlock
@@ -31,10 +31,15 @@ def convolve(conv: nn.Module, x: Tensor, size: tuple[int, int]) -> Tensor:
     return nn.Conv2d.forward(conv, image).flatten(2).transpose(1, 2).contiguous()
 
 
+def project(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Run a linear layer as PyTorch does."""
+    return linear(x, layer.weight, layer.bias)
+
+
 def heads(qkv: nn.Linear, x: Tensor, num_heads: int) -> tuple[Tensor, ...]:
     """Project tokens (B, N, C) to q, k, v, each (B, heads, N, D)."""
     B, N, C = x.shape
-    return qkv(x).reshape(B, N, 3, num_heads, C // num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+    return project(qkv, x).reshape(B, N, 3, num_heads, C // num_heads).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def window_attention(attn: nn.Module, x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -45,7 +50,7 @@ def window_attention(attn: nn.Module, x: Tensor, size: tuple[int, int]) -> Tenso
     x = x.view(B, rows, w, columns, w, C).transpose(2, 3).contiguous().view(-1, w * w, C)
     q, k, v = heads(attn.qkv, x, attn.num_heads)
     matrices = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1)
-    x = attn.proj((matrices @ v).transpose(1, 2).reshape(-1, w * w, C))
+    x = project(attn.proj, (matrices @ v).transpose(1, 2).reshape(-1, w * w, C))
     x = x.view(B, rows, columns, w, w, C).transpose(2, 3).contiguous().view(B, rows * w, columns * w, C)
     return x[:, :H, :W].contiguous().view(B, H * W, C)
 
@@ -56,7 +61,7 @@ def linear_attention(attn: nn.Module, x: Tensor) -> Tensor:
     q, k = q.relu(), k.relu()
     denominator = (q * k.sum(2, keepdim=True)).sum(-1, keepdim=True).clamp(min=100)
     h = attn.temperature * (q @ (k.transpose(-2, -1) @ v)) / denominator
-    return attn.proj(h.transpose(1, 2).reshape(x.shape))
+    return project(attn.proj, h.transpose(1, 2).reshape(x.shape))
 
 
 def block(layer: nn.Module, x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -71,7 +76,7 @@ def block(layer: nn.Module, x: Tensor, size: tuple[int, int]) -> Tensor:
         image = y.transpose(1, 2).reshape(y.shape[0], -1, *size).contiguous()
         image = concentration.bn(concentration.act(nn.Conv2d.forward(concentration.conv1, image)))
         x = x + nn.Conv2d.forward(concentration.conv2, image).flatten(2).transpose(1, 2).contiguous()
-    return x + layer.mlp.fc2(layer.mlp.act(layer.mlp.fc1(layer.norm2(x))))
+    return x + project(layer.mlp.fc2, layer.mlp.act(project(layer.mlp.fc1, layer.norm2(x))))
 
 
 def straightforward(model: L2ViT, image: Tensor) -> Tensor:

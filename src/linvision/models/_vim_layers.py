@@ -54,7 +54,7 @@ class MambaMixer(nn.Module):
     """Gated selective scan of inner width E = 2 dim, one-way or both ways (arXiv 2401.09417, algorithm 1).
 
     With x, z = in_proj(tokens), a branch is u = SiLU(conv(x)); dt, B, C = x_proj(u); delta = softplus(dt_proj(dt));
-    y = selective_scan(u, delta, -exp(A_log), B, C, D) * SiLU(z); and the result is out_proj of the branches' sum.
+    y = selective_scan(u, delta, -exp(A_log), B, C, D); and the result is out_proj of the branches' sum * SiLU(z).
 
     Args:
         dim: token width D.
@@ -91,39 +91,60 @@ class MambaMixer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Mix (B, S, dim) over the sequence."""
-        x, z = self.in_proj(tokens).chunk(2, dim=-1)
-        scans = [(self.A_log, self.directions == "backward")]
+        # Two products instead of one and a split, so that the gate need not be alive before the last scan.
+        x_weight, z_weight = self.in_proj.weight.chunk(2)
+        x, y = F.linear(tokens, x_weight), None
+        projected = self._project(x, self.conv1d, self.x_proj, self.dt_proj)
+        last = (self.A_log, self.D, self.dt_proj)
+        if self.directions in ("v1", "v2"):
+            y = self._scan(projected, *last, reverse=False)
         if self.directions == "v1":
-            scans.append((self.A_b_log, True))
-        y = self._branch(x, z, self.conv1d, self.x_proj, self.dt_proj, self.D, scans)
-        if self.directions == "v2":
-            scans = [(self.A_b_log, True)]
-            y += self._branch(x, z, self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.D_b, scans)
+            last = (self.A_b_log, self.D, self.dt_proj)
+        elif self.directions == "v2":
+            projected = self._project(x, self.conv1d_b, self.x_proj_b, self.dt_proj_b)
+            last = (self.A_b_log, self.D_b, self.dt_proj_b)
+        del x
+        z = F.linear(tokens, z_weight)
+        y = self._scan(projected, *last, reverse=self.directions != "forward", residual=y, z=z)
         # Half of the weights instead of half of the sum: fewer numbers, and exactly the same result.
         halve = self.halve and self.directions == "v2"
         out = F.linear(y, self.out_proj.weight / 2 if halve else self.out_proj.weight)
         return out if self.gamma is None else out * self.gamma
 
-    def _branch(
-        self,
-        x: Tensor,
-        z: Tensor,
-        conv: CausalConv,
-        x_proj: nn.Linear,
-        dt_proj: nn.Linear,
-        D: Tensor,
-        scans: list[tuple[Tensor, bool]],
-    ) -> Tensor:
-        """Convolve, project and scan: the sum over scans, each with its log A and whether it runs from the end."""
+    def _project(self, x: Tensor, conv: CausalConv, x_proj: nn.Linear, dt_proj: nn.Linear) -> tuple[Tensor, ...]:
+        """Return u and delta (B, S, E), the latter without its bias, and B and C (B, S, N)."""
         u = conv(x)
         dt, B, C = x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        delta, bias = F.linear(dt, dt_proj.weight), dt_proj.bias  # the bias is added inside the scan, in float32
-        results = []
-        for A_log, reverse in scans:
-            A = -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
-            y = selective_scan(u, delta, A, B, C, D=D, z=z, delta_bias=bias, delta_softplus=True, reverse=reverse)
-            results.append(cast(Tensor, y))
-        return results[0] if len(results) == 1 else results[0] + results[1]
+        return u, F.linear(dt, dt_proj.weight), B, C
+
+    @staticmethod
+    def _scan(
+        projected: tuple[Tensor, ...],
+        A_log: Tensor,
+        D: Tensor,
+        dt_proj: nn.Linear,
+        *,
+        reverse: bool,
+        residual: Tensor | None = None,
+        z: Tensor | None = None,
+    ) -> Tensor:
+        """Scan one way; dt_proj's bias is added inside, in float32."""
+        u, delta, B, C = projected
+        A = -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
+        y = selective_scan(
+            u,
+            delta,
+            A,
+            B,
+            C,
+            D=D,
+            z=z,
+            residual=residual,
+            delta_bias=dt_proj.bias,
+            delta_softplus=True,
+            reverse=reverse,
+        )
+        return cast(Tensor, y)
 
     @torch.no_grad()
     def initialise(self, *, depth: int) -> None:

@@ -54,6 +54,7 @@ class Inputs:
     delta_bias: Tensor | None
     delta_softplus: bool
     reverse: bool
+    residual: Tensor | None = None
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -83,7 +84,7 @@ def forward(inputs: Inputs, initial_state: Tensor | None, keep_states: bool) -> 
                 last = min(first + every, tokens.stop) - 1
                 kept[first // every, rows] = tile.state_before(last if inputs.reverse else first, inputs.reverse)
             state = tile.states.steps[0 if inputs.reverse else -1].clone()
-            y_tile = tile.output(inputs.D)
+            y_tile = tile.output(inputs)
             if inputs.z is not None:
                 y_tile *= silu(inputs.z[rows, tokens].to(y_tile.dtype))
             y[rows, tokens] = y_tile
@@ -122,8 +123,10 @@ def _tile_backward(
     if inputs.z is not None:
         z = inputs.z[rows, tokens].to(u.dtype)
         gate = torch.sigmoid(z)
-        gradients["z"][rows, tokens] = dy * tile.output(inputs.D) * gate * (1 + z * (1 - gate))
+        gradients["z"][rows, tokens] = dy * tile.output(inputs) * gate * (1 + z * (1 - gate))
         dy = dy * z * gate
+    if inputs.residual is not None:
+        gradients["residual"][rows, tokens] = dy
     states, decay = tile.states.tokens, tile.decays.tokens
     gradients["C"][rows, tokens] = _dot_channels(dy, states)
 
@@ -221,10 +224,12 @@ class _Tile:
         before = token - self.tokens.start + (1 if reverse else -1)
         return self.states.steps[before] if 0 <= before < len(self.states.steps) else self.start
 
-    def output(self, D: Tensor | None) -> Tensor:
-        """Return C . s + D u of each token, (rows, tokens, E)."""
+    def output(self, inputs: Inputs) -> Tensor:
+        """Return C . s + D u of each token, and the residual, before the gate: (rows, tokens, E)."""
         y = _dot_states(self.C, self.states.tokens)
-        return y if D is None else y.addcmul_(self.u, D)
+        if inputs.D is not None:
+            y.addcmul_(self.u, inputs.D)
+        return y if inputs.residual is None else y.add_(inputs.residual[self.rows, self.tokens])
 
 
 @dataclass(frozen=True)

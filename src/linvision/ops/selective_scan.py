@@ -6,6 +6,8 @@ does). Each of E channels carries N states, coupled to the other channels throug
     s_t = exp(delta_t A) s_{t-1} + delta_t u_t B_t     (E, N)
     y_t = s_t C_t + D u_t                              (E,)
 
+With a residual r and a gate z the output is (y_t + r_t) SiLU(z_t).
+
 Two equal forms: ``selective_scan_sequential`` (the lines above, one token after the other, by autograd) and
 ``selective_scan`` itself, which is what models run and which faster backends must match: tiles that stay in cache, with
 a backward pass that computes the states again instead of keeping them.
@@ -34,6 +36,7 @@ def selective_scan(
     D: Tensor | None = None,
     z: Tensor | None = None,
     delta_bias: Tensor | None = None,
+    residual: Tensor | None = None,
     delta_softplus: bool = False,
     reverse: bool = False,
     initial_state: Tensor | None = None,
@@ -49,14 +52,15 @@ def selective_scan(
         D: weight of the input in the output, (E,).
         z: gate, (B, S, E): the output is multiplied by silu(z).
         delta_bias: added to delta first, (E,).
+        residual: added to the output before the gate, (B, S, E), such as the result of a scan from the other side.
         delta_softplus: take softplus(delta + delta_bias) as the step size.
         reverse: scan from the last token to the first. The result equals that of the flipped sequence, flipped back;
             "initial" then means before token S-1 and "final" after token 0.
         initial_state: states before the first token, (B, E, N), so that a long sequence can be fed in pieces.
         return_state: also return the states after the last token.
 
-        u, delta, B, C and z share one floating-point type; the other tensors may have another. States, decays and sums
-        are float32 whatever the inputs are (float64 for float64 u).
+        u, delta, B, C, z and the residual share one floating-point type; the other tensors may have another. States,
+        decays and sums are float32 whatever the inputs are (float64 for float64 u).
 
     Returns:
         y (B, S, E) in u's type, or (y, final state (B, E, N)).
@@ -64,10 +68,10 @@ def selective_scan(
     Raises:
         ValueError: where shapes, types or devices disagree, or a sequence is empty.
     """
-    _check(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    _check(u, delta, A, B, C, D, z, delta_bias, residual, initial_state)
     dtype = _state_dtype(u)
     D, delta_bias, initial_state = (None if x is None else x.to(dtype) for x in (D, delta_bias, initial_state))
-    tensors = (u, delta, A.to(dtype), B, C, D, z, delta_bias, initial_state)
+    tensors = (u, delta, A.to(dtype), B, C, D, z, delta_bias, residual, initial_state)
     for_backward = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     y, state, _ = torch.ops.linvision.selective_scan(*tensors, delta_softplus, reverse, for_backward)
     return (y, state) if return_state else y
@@ -83,13 +87,14 @@ def selective_scan_sequential(
     D: Tensor | None = None,
     z: Tensor | None = None,
     delta_bias: Tensor | None = None,
+    residual: Tensor | None = None,
     delta_softplus: bool = False,
     reverse: bool = False,
     initial_state: Tensor | None = None,
     return_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute what ``selective_scan`` computes one token after the other; for tests and for reading."""
-    _check(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    _check(u, delta, A, B, C, D, z, delta_bias, residual, initial_state)
     dtype = _state_dtype(u)
     x, step, A, B, C = (tensor.to(dtype) for tensor in (u, delta, A, B, C))
     if delta_bias is not None:
@@ -104,10 +109,15 @@ def selective_scan_sequential(
     result = torch.stack(y, dim=1)
     if D is not None:
         result = result + D.to(dtype) * x
+    if residual is not None:
+        result = result + residual.to(dtype)
     if z is not None:
         result = result * silu(z.to(dtype))
     result = result.to(u.dtype)
     return (result, state) if return_state else result
+
+
+SHARE_A_TYPE = ("delta", "B", "C", "z", "residual")
 
 
 def _state_dtype(u: Tensor) -> torch.dtype:
@@ -123,6 +133,7 @@ def _check(
     D: Tensor | None,
     z: Tensor | None,
     delta_bias: Tensor | None,
+    residual: Tensor | None,
     initial_state: Tensor | None,
 ) -> None:
     if u.ndim != 3 or A.ndim != 2:
@@ -145,6 +156,7 @@ def _check(
         "D": (D, "(E,)", (width,)),
         "z": (z, "(B, S, E)", tokens),
         "delta_bias": (delta_bias, "(E,)", (width,)),
+        "residual": (residual, "(B, S, E)", tokens),
         "initial_state": (initial_state, "(B, E, N)", (batch, width, num_states)),
     }
     for name, (x, letters, shape) in needed.items():
@@ -157,10 +169,10 @@ def _check(
             )
         if x.device != u.device:
             raise ValueError(f"selective_scan: {name} is on {x.device} but u on {u.device}; move them to one device")
-        if not x.is_floating_point() or (name in {"delta", "B", "C", "z"} and x.dtype != u.dtype):
+        if not x.is_floating_point() or (name in SHARE_A_TYPE and x.dtype != u.dtype):
             raise ValueError(
-                f"selective_scan: u, delta, B, C and z must have one floating-point type, the others any; {name} is "
-                f"{x.dtype}, u is {u.dtype}"
+                f"selective_scan: u, {', '.join(SHARE_A_TYPE)} must have one floating-point type, the others any; "
+                f"{name} is {x.dtype}, u is {u.dtype}"
             )
     if not u.is_floating_point():
         raise ValueError(f"selective_scan: u must be of a floating-point type but is {u.dtype}")
@@ -180,19 +192,20 @@ def _selective_scan(
     D: Tensor | None,
     z: Tensor | None,
     delta_bias: Tensor | None,
+    residual: Tensor | None,
     initial_state: Tensor | None,
     delta_softplus: bool,
     reverse: bool,
     keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     body, A = BODIES.choose(u, delta, A, B, C), A.mT.contiguous()
-    inputs = Inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
+    inputs = Inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, residual)
     with torch.autocast(u.device.type, enabled=False):
         return body.forward(inputs, initial_state, keep_states)
 
 
 @_selective_scan.register_fake
-def _(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse, keep_states):
+def _(u, delta, A, B, C, D, z, delta_bias, residual, initial_state, delta_softplus, reverse, keep_states):
     (batch, num_tokens, width), num_states = u.shape, A.shape[1]
     num_kept = -(-num_tokens // _selective_scan_tiled.interval(num_states)) if keep_states else 0
     return (
@@ -215,27 +228,28 @@ def _selective_scan_backward(
     D: Tensor | None,
     z: Tensor | None,
     delta_bias: Tensor | None,
+    residual: Tensor | None,
     delta_softplus: bool,
     reverse: bool,
 ) -> list[Tensor]:
-    """Return the gradients of u, delta, A, B, C, initial_state, then those given of D, z, delta_bias, in this order."""
+    """Return the gradients of u, delta, A, B, C, initial_state, then those given of D, z, delta_bias, residual."""
     body, A = BODIES.choose(u, delta, A, B, C), A.mT.contiguous()
-    inputs = Inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
+    inputs = Inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, residual)
     with torch.autocast(u.device.type, enabled=False):
         gradients = body.backward(inputs, kept, dy, d_state)
     gradients["A"] = gradients["A"].mT.contiguous()
-    order = ("u", "delta", "A", "B", "C", "initial_state", "D", "z", "delta_bias")
+    order = ("u", "delta", "A", "B", "C", "initial_state", "D", "z", "delta_bias", "residual")
     return [gradients[name] for name in order if name in gradients]
 
 
 @_selective_scan_backward.register_fake
-def _(dy, d_state, kept, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse):
-    return [x.new_empty(x.shape) for x in (u, delta, A, B, C, d_state, D, z, delta_bias) if x is not None]
+def _(dy, d_state, kept, u, delta, A, B, C, D, z, delta_bias, residual, delta_softplus, reverse):
+    return [x.new_empty(x.shape) for x in (u, delta, A, B, C, d_state, D, z, delta_bias, residual) if x is not None]
 
 
 def _setup_context(ctx, inputs, output):
     *tensors, _, ctx.delta_softplus, ctx.reverse, _ = inputs
-    ctx.has_initial_state = inputs[8] is not None
+    ctx.has_initial_state = inputs[9] is not None
     ctx.save_for_backward(output[2], *tensors)
 
 

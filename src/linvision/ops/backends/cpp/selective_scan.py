@@ -23,7 +23,7 @@ MAX_VECTOR_TOKENS = 1024
 
 class _Scan(ctypes.Structure):
     _fields_ = [
-        *((name, Strided) for name in ("u", "delta", "B", "C", "z")),
+        *((name, Strided) for name in ("u", "delta", "B", "C", "z", "residual")),
         *((name, ctypes.c_void_p) for name in ("A", "D", "delta_bias")),
         *((name, ctypes.c_int64) for name in ("batch", "tokens", "width", "states", "interval", "group")),
         *((name, ctypes.c_int32) for name in ("dtype", "delta_softplus", "reverse", "threads")),
@@ -41,7 +41,7 @@ class _Forward(ctypes.Structure):
 class _Backward(ctypes.Structure):
     _fields_ = [
         ("inputs", _Scan),
-        *((name, Strided) for name in ("dy", "du", "d_delta", "dz")),
+        *((name, Strided) for name in ("dy", "du", "d_delta", "dz", "d_residual")),
         *((name, ctypes.c_void_p) for name in ("kept", "d_final", "d_initial", "dA", "dB", "dC", "dD", "d_bias")),
     ]
 
@@ -81,7 +81,7 @@ def backward(inputs: Inputs, kept: Tensor, dy: Tensor, d_final: Tensor) -> dict[
     dy, d_final = with_unit_stride(dy.to(computed.dtype)), d_final.contiguous()
     per_token = {
         name: u.new_empty(u.shape, dtype=computed.dtype)
-        for name in ("u", "delta", "z")
+        for name in ("u", "delta", "z", "residual")
         if getattr(inputs, name) is not None
     }
     pieces = -(-width // computed.group)
@@ -94,7 +94,7 @@ def backward(inputs: Inputs, kept: Tensor, dy: Tensor, d_final: Tensor) -> dict[
     d_initial = torch.empty_like(d_final)
     arguments = _Backward(
         computed.described(),
-        *(Strided.of(x) for x in (dy, per_token["u"], per_token["delta"], per_token.get("z"))),
+        *(Strided.of(x) for x in (dy, *map(per_token.get, ("u", "delta", "z", "residual")))),
         *(pointer(x) for x in (kept, d_final, d_initial, per_channel["A"], *of_states)),
         *(pointer(per_channel.get(name)) for name in ("D", "delta_bias")),
     )
@@ -111,7 +111,7 @@ class _Computed:
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
         self.dtype = inputs.u.dtype if inputs.u.dtype in DTYPES else torch.float32
-        tokens = (inputs.u, inputs.delta, inputs.B, inputs.C, inputs.z)
+        tokens = (inputs.u, inputs.delta, inputs.B, inputs.C, inputs.z, inputs.residual)
         self.tokens = [None if x is None else with_unit_stride(x.to(self.dtype)) for x in tokens]
         self.vectors = [None if x is None else x.contiguous() for x in (inputs.D, inputs.delta_bias)]
         self.threads = torch.get_num_threads()

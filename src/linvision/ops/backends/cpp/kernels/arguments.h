@@ -36,9 +36,9 @@ struct MlstmBackward {
   int32_t dtype, reverse, threads;
 };
 
-// Tokens u, delta, z (B, S, E), B, C (B, S, N): the last axis is contiguous, `head` is not used. A is (N, E).
+// Tokens u, delta, z, residual (B, S, E), B, C (B, S, N): the last axis is contiguous, `head` is not used. A is (N, E).
 struct SelectiveScan {
-  Strided u, delta, B, C, z;
+  Strided u, delta, B, C, z, residual;
   const float *A, *D, *delta_bias;
   int64_t batch, tokens, width, states, interval, group;  // interval: tokens between kept states
   int32_t dtype, delta_softplus, reverse, threads;        // group: channels of a piece of work, a multiple of 16
@@ -53,7 +53,7 @@ struct SelectiveScanForward {
 
 struct SelectiveScanBackward {
   SelectiveScan inputs;
-  Strided dy, du, d_delta, dz;
+  Strided dy, du, d_delta, dz, d_residual;
   const float *kept, *d_final;
   float* d_initial;                   // (B, E, N)
   float *dA, *dB, *dC, *dD, *d_bias;  // (B, N, E), twice (groups, B, S, N), twice (B, E): to be summed over axis 0

@@ -52,7 +52,7 @@ void walk_all(const Steps& tile, const float* rates, float* state) {
   for (; n < tile.states; ++n) walk<1, kClamp>(tile, n, rates, state);
 }
 
-// Computes step sizes and updates of a vector of channels, y = D u, and the gates; returns the greatest size of a step.
+// Computes step sizes and updates of a vector of channels, y = D u + residual, and the gates; returns the greatest size of a step.
 template <typename T>
 Vec prepare(const SelectiveScan& in, const Tile& tile, int64_t channel, int lanes, const Steps& steps, float* gates) {
   const Vec bias = in.delta_bias == nullptr ? Vec{} : load_some(in.delta_bias + channel, lanes);
@@ -66,7 +66,9 @@ Vec prepare(const SelectiveScan& in, const Tile& tile, int64_t channel, int lane
     greatest = size <= greatest ? greatest : size;
     store(steps.step + t * kLanes, step);
     store(steps.update + t * kLanes, step * u);
-    store(steps.y + t * kLanes, in.D == nullptr ? Vec{} : D * u);
+    Vec y = in.D == nullptr ? Vec{} : D * u;
+    if (in.residual.data != nullptr) y += load_some(row_of<const T>(in.residual, tile, t) + channel, lanes);
+    store(steps.y + t * kLanes, y);
   }
   if (in.z.data == nullptr) return greatest;
   for (int64_t t = 0; t < tile.count; ++t) {

@@ -203,7 +203,9 @@ class Piece {
       if (in_.z.data != nullptr) {
         const Vec z = tokens_of<T>(in_.z, tile, t, v), gate = gate_of(z);
         store(to.gate_slope + t * kLanes, dy * gate * (1.0f + z * (1.0f - gate)));
-        store(to.y + t * kLanes, in_.D == nullptr ? Vec{} : D * u);
+        Vec y = in_.D == nullptr ? Vec{} : D * u;
+        if (in_.residual.data != nullptr) y += tokens_of<T>(in_.residual, tile, t, v);
+        store(to.y + t * kLanes, y);
         dy *= z * gate;
       }
       store(to.slope + t * kLanes, in_.delta_softplus ? gate_of(delta) : splat(1.0f));
@@ -259,6 +261,7 @@ class Piece {
       d_bias += d_delta;
       write(args_.du, t, du);
       write(args_.d_delta, t, d_delta);
+      if (in_.residual.data != nullptr) write(args_.d_residual, t, dy);
       if (in_.z.data != nullptr) write(args_.dz, t, load(from.gate_slope + t * kLanes) * load(from.y + t * kLanes));
     }
     add_sums(args_.dD, v, dD);
