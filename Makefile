@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml $(KERNELS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
-train: $(VENV)/.installed ## watch a ViL learn real handwriting (scikit-learn's digits; about 4 minutes on 2 cores)
+train: $(VENV)/.installed ## watch a ViL learn real handwriting (scikit-learn's digits; about 2 minutes on 2 cores)
 	$(BIN)/linvision train --data digits
 
 test: $(VENV)/.installed ## run the tests

@@ -487,7 +487,7 @@ def test_models_from_options_to_files(quick, tmp_path, capsys, monkeypatch):
         assert row["traffic_bytes"] > 0
     assert content["rows"][0]["time_over_fused"] > 0
     assert (content["machine"]["threads"], content["options"]["threads"]) == (1, 1)
-    assert {"cpu", "torch", "timm", "instructions", "backend", "load"} <= set(content["machine"])
+    assert {"cpu", "torch", "timm", "instructions", "kernels", "load"} <= set(content["machine"])
     assert content["command"].startswith(f"linvision bench --models {MINI} --sizes 16,32")
     assert len((folder / "bench.csv").read_text().splitlines()) == 5
     assert (folder / "bench.png").read_bytes().startswith(b"\x89PNG")

@@ -3,6 +3,8 @@
 Activations stay in token layout (B, S, channels) or, the same memory, (B, rows, columns, channels).
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
@@ -116,7 +118,7 @@ class ViLLayer(nn.Module):
         q, k, v, i, f = mlstm_inputs(c, x, *projections, i=i, f=f)
         del x  # a fifth of what would be alive in the mLSTM
         q, k, v = (tokens.unflatten(-1, (NUM_HEADS, -1)) for tokens in (q, k, v))
-        return mlstm(q, k, v, i, f, reverse=self.reverse), c
+        return cast(Tensor, mlstm(q, k, v, i, f, reverse=self.reverse)), c
 
 
 class ViLBlock(nn.Module):

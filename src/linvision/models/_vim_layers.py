@@ -94,15 +94,17 @@ class MambaMixer(nn.Module):
         # Two products instead of one and a split, so that the gate need not be alive before the last scan.
         x_weight, z_weight = self.in_proj.weight.chunk(2)
         x, y = F.linear(tokens, x_weight), None
-        projected = self._project(x, self.conv1d, self.x_proj, self.dt_proj)
         last = (self.A_log, self.D, self.dt_proj)
-        if self.directions in ("v1", "v2"):
-            y = self._scan(projected, *last, reverse=False)
-        if self.directions == "v1":
-            last = (self.A_b_log, self.D, self.dt_proj)
-        elif self.directions == "v2":
+        if self.directions == "v2":
+            # What one branch projects is free again before the other begins.
+            y = self._scan(self._project(x, self.conv1d, self.x_proj, self.dt_proj), *last, reverse=False)
             projected = self._project(x, self.conv1d_b, self.x_proj_b, self.dt_proj_b)
             last = (self.A_b_log, self.D_b, self.dt_proj_b)
+        else:
+            projected = self._project(x, self.conv1d, self.x_proj, self.dt_proj)
+        if self.directions == "v1":
+            y = self._scan(projected, *last, reverse=False)
+            last = (self.A_b_log, self.D, self.dt_proj)
         del x
         z = F.linear(tokens, z_weight)
         y = self._scan(projected, *last, reverse=self.directions != "forward", residual=y, z=z)
