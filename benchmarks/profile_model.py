@@ -79,7 +79,7 @@ def print_table(options: argparse.Namespace, times: Counter, calls: Counter, flo
     print(f"| **together** | | {total:.1f} | | {flops.total() / 1e9:.1f} | {1000 * flops.total() / peak:.1f} |")
     print(
         f"\n{machine['cpu']}, {machine['threads']} threads, {machine['kernels']}, torch {machine['torch']}; matrix "
-        f"product {peak / 1e9:.0f} GFLOP/s {options.dtype}; load before {machine['load']}."
+        f"product {peak / 1e9:.0f} GFLOP/s {options.dtype}; load before {machine['load']}.\n"
     )
 
 
