@@ -59,9 +59,8 @@ def main() -> None:
 
 def operator_name(op: object) -> str:
     """Return an operator's name as the profiler gives it."""
-    namespace, _, name = str(op).partition(".")
-    name = {"convolution": "mkldnn_convolution", "bmm": "bmm"}.get(name.split(".")[0], name.split(".")[0])
-    return f"{namespace}::{name}"
+    namespace, name = str(op).split(".")[:2]
+    return f"{namespace}::{'mkldnn_convolution' if name == 'convolution' else name}"
 
 
 def print_table(options: argparse.Namespace, times: Counter, calls: Counter, flops: Counter, peak: float) -> None:

@@ -44,18 +44,6 @@ LINVISION_INLINE void store_channels(T* p, Vec x, int n) {
   }
 }
 
-// The sum of all lanes, in pairs.
-LINVISION_INLINE float total(Vec x) {
-  float lanes[kLanes];
-  store(lanes, x);
-#pragma GCC unroll 4
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-#pragma GCC unroll 8
-    for (int j = 0; j < half; ++j) lanes[j] += lanes[j + half];
-  }
-  return lanes[0];
-}
-
 // The derivative of x sigmoid(x), given sigmoid(x) or not.
 LINVISION_INLINE Vec silu_slope(Vec x, Vec sigmoid_of_x) { return sigmoid_of_x * (1.0f + x * (1.0f - sigmoid_of_x)); }
 

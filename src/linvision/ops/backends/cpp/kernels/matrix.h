@@ -105,9 +105,9 @@ LINVISION_INLINE void multiply_tile(int64_t depth, const float* a, int64_t a_str
 }
 
 LINVISION_INLINE float dot(const float* a, const float* b, int64_t n) {
-  Vec total = {};
-  for (int64_t j = 0; j < n; j += kLanes) total += load(a + j) * load(b + j);
-  return sum(total);
+  Vec products = {};
+  for (int64_t j = 0; j < n; j += kLanes) products += load(a + j) * load(b + j);
+  return total(products);
 }
 
 LINVISION_INLINE void scale_row(float* row, int64_t n, float factor) {

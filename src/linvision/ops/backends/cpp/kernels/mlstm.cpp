@@ -58,8 +58,7 @@ void compute_outputs(const Workspace& w, const ChunkGates<kChunk>& gates, int64_
   float norms[kChunk];
   for (int64_t t = 0; t < length; ++t) {
     float* row = w.scores.row(t);
-    const Vec total = weigh_row(row, gates, t);
-    norms[t] = sum(total);
+    norms[t] = total(weigh_row(row, gates, t));
     if (has_state) {
       norms[t] += gates.decay_in[t] * dot(w.q.row(t), w.n, w.width);
       scale_row(w.out.row(t), w.width, gates.decay_in[t]);

@@ -85,7 +85,7 @@ void divide_by_norms(const Workspace& w, const Gates& gates, const float* n, int
   transpose(kChunk, w.width, w.k, w.columns);
   multiply_to_diagonal(kChunk, w.width, w.q, w.columns, w.weighted);
   for (int64_t t = 0; t < kChunk; ++t) {
-    float norm = sum(weigh_row(w.weighted.row(t), gates, t, w.weights.row(t)));
+    float norm = total(weigh_row(w.weighted.row(t), gates, t, w.weights.row(t)));
     if (n != nullptr) norm += gates.decay_in[t] * dot(w.q.row(t), n, w.width);
     const float size = norm < 0 ? -norm : norm, divisor = denominator(norm, gates.floor[t]);
     const float sign = norm < 0 ? -1.0f : 1.0f;

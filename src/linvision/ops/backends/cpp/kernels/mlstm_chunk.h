@@ -42,13 +42,7 @@ struct GateSums {
 
 LINVISION_INLINE float exp_of(double x) { return exp(splat(static_cast<float>(x)))[0]; }
 
-LINVISION_INLINE float inverse_root(float x) {
-  float root = x;
-  for (int step = 0; step < 40; ++step) root = 0.5f * (root + x / root);
-  return 1.0f / root;
-}
-
-LINVISION_INLINE float key_scale(int64_t head_dim) { return inverse_root(static_cast<float>(head_dim)); }
+LINVISION_INLINE float key_scale(int64_t head_dim) { return 1.0f / __builtin_sqrtf(static_cast<float>(head_dim)); }
 
 LINVISION_INLINE float gate_at(const Strided& gate, const Chunk& chunk, int64_t t) {
   const float* data = static_cast<const float*>(gate.data);
@@ -104,7 +98,7 @@ struct ChunkGates {
 // given, receives the weights themselves.
 template <int64_t kLength>
 LINVISION_INLINE Vec weigh_row(float* row, const ChunkGates<kLength>& gates, int64_t t, float* weights = nullptr) {
-  Vec total = {};
+  Vec sums = {};
   const IntVec lane = [] {
     IntVec lanes;
     for (int j = 0; j < kLanes; ++j) lanes[j] = j;
@@ -120,9 +114,9 @@ LINVISION_INLINE Vec weigh_row(float* row, const ChunkGates<kLength>& gates, int
     }
     store(row + s, weighted);
     if (weights != nullptr) store(weights + s, weight);
-    total += weighted;
+    sums += weighted;
   }
-  return total;
+  return sums;
 }
 
 LINVISION_INLINE float denominator(float norm, float floor) {

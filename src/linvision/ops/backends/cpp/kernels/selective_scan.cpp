@@ -157,24 +157,10 @@ class Piece {
   float *rates_, *states_, *greatest_rate_, *gates_, *B_, *C_;
 };
 
-template <typename T>
-int32_t forward(const SelectiveScanForward& args) {
-  int32_t status = kDone;
-  parallel_for(args.inputs.threads, args.inputs.batch * Channels::groups(args.inputs), [&](int64_t index) {
-    Piece<T> piece(args, index);
-    if (piece.has_memory()) {
-      piece.run();
-    } else {
-      status = kOutOfMemory;
-    }
-  });
-  return status;
-}
-
 }  // namespace
 
 int32_t selective_scan_forward(const SelectiveScanForward& args) {
-  return args.inputs.dtype == kBFloat16 ? forward<BFloat16>(args) : forward<float>(args);
+  return args.inputs.dtype == kBFloat16 ? run_pieces<Piece<BFloat16>>(args) : run_pieces<Piece<float>>(args);
 }
 
 }  // namespace LINVISION_ISA

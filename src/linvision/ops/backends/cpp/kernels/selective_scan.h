@@ -149,5 +149,20 @@ LINVISION_INLINE bool in_range(Vec greatest_step, Vec greatest_rate) {
   return within;
 }
 
+// Runs all pieces of work of a pass.
+template <typename Piece, typename Arguments>
+int32_t run_pieces(const Arguments& args) {
+  int32_t status = kDone;
+  parallel_for(args.inputs.threads, args.inputs.batch * Channels::groups(args.inputs), [&](int64_t index) {
+    Piece piece(args, index);
+    if (piece.has_memory()) {
+      piece.run();
+    } else {
+      status = kOutOfMemory;
+    }
+  });
+  return status;
+}
+
 }  // namespace LINVISION_ISA
 }  // namespace linvision

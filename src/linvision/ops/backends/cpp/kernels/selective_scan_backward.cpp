@@ -98,14 +98,6 @@ void walk_back(const Block& tile, const Steps& steps, int64_t n, const Lanes& la
   for (int k = 0; k < K; ++k) store(lanes.dA + (n + k) * kLanes, dA[k]);
 }
 
-LINVISION_INLINE float sum_of_lanes(const float* p) {
-  float four[4] = {p[0], p[1], p[2], p[3]};
-  for (int i = 4; i < kLanes; i += 4) {
-    for (int j = 0; j < 4; ++j) four[j] += p[i + j];
-  }
-  return (four[0] + four[1]) + (four[2] + four[3]);
-}
-
 // A piece of work, its memory and its place in what is returned.
 template <typename T>
 class Piece {
@@ -237,8 +229,8 @@ class Piece {
     for (int64_t t = 0; t < tile.count; ++t) {
       const int64_t row = ((group * in_.batch + tile.batch) * in_.tokens + tile.token(t)) * in_.states + n;
       for (int k = 0; k < K; ++k) {
-        args_.dB[row + k] = sum_of_lanes(block_.dB + (t * K + k) * kLanes);
-        args_.dC[row + k] = sum_of_lanes(block_.dC + (t * K + k) * kLanes);
+        args_.dB[row + k] = total(load(block_.dB + (t * K + k) * kLanes));
+        args_.dC[row + k] = total(load(block_.dC + (t * K + k) * kLanes));
       }
     }
   }
@@ -283,24 +275,10 @@ class Piece {
   float *rates_, *carry_, *dA_, *greatest_rate_, *clamps_, *steps_, *B_, *C_;
 };
 
-template <typename T>
-int32_t backward(const SelectiveScanBackward& args) {
-  int32_t status = kDone;
-  parallel_for(args.inputs.threads, args.inputs.batch * Channels::groups(args.inputs), [&](int64_t index) {
-    Piece<T> piece(args, index);
-    if (piece.has_memory()) {
-      piece.run();
-    } else {
-      status = kOutOfMemory;
-    }
-  });
-  return status;
-}
-
 }  // namespace
 
 int32_t selective_scan_backward(const SelectiveScanBackward& args) {
-  return args.inputs.dtype == kBFloat16 ? backward<BFloat16>(args) : backward<float>(args);
+  return args.inputs.dtype == kBFloat16 ? run_pieces<Piece<BFloat16>>(args) : run_pieces<Piece<float>>(args);
 }
 
 }  // namespace LINVISION_ISA

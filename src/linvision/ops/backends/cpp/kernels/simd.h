@@ -95,11 +95,16 @@ LINVISION_INLINE Vec minimum(Vec a, Vec b) { return a < b ? a : b; }
 
 LINVISION_INLINE Vec absolute(Vec x) { return from_bits(bits_of(x) & 0x7fffffff); }
 
-LINVISION_INLINE float sum(Vec x) {
-  float lanes[kLanes], total = 0;
+// The sum of all lanes, in pairs.
+LINVISION_INLINE float total(Vec x) {
+  float lanes[kLanes];
   store(lanes, x);
-  for (int i = 0; i < kLanes; ++i) total += lanes[i];
-  return total;
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int j = 0; j < half; ++j) lanes[j] += lanes[j + half];
+  }
+  return lanes[0];
 }
 
 // 2^x to 2e-7 of its value: 2^n from the exponent's bits, 2^f with |f| <= 1/2 as the Taylor series of degree 6.
