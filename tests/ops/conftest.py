@@ -1,9 +1,14 @@
 """What the tests of all ops share: every backend that can run here."""
 
 import pytest
+from hypothesis import settings
 
 from linvision.ops import use_backend
 from linvision.ops.backends.cpp import library
+
+# The same examples in every run: a change is judged by what it does, not by what was drawn.
+settings.register_profile("reproducible", derandomize=True)
+settings.load_profile("reproducible")
 
 
 @pytest.fixture(params=["plain", "cpp"])

@@ -61,7 +61,7 @@ def small_tiles(monkeypatch):
 def gradients(form, inputs: dict[str, Tensor], **options) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
     y, state = form(**leaves, delta_softplus=True, return_state=True, **options)
-    weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+    weight = torch.linspace(-1, 1, y.numel()).bfloat16().to(y.dtype).view_as(y)  # the same numbers in every type
     ((y * weight).sum() + state.square().sum()).backward()
     return y.detach(), state.detach(), {name: x.grad for name, x in leaves.items()}
 
@@ -257,7 +257,7 @@ def test_views_of_the_layouts_that_models_use(backend):
 )
 def test_any_shape(batch, num_tokens, width, num_states, dtype, options, views, reverse, backend):
     inputs = random_inputs(num_tokens, batch=batch, width=width, num_states=num_states, dtype=dtype, options=options)
-    bound = 1e-5 if dtype == torch.float32 else 3e-2
+    bound = 1e-5 if dtype == torch.float32 else 1e-2
     assert_as_exact(strided(inputs) if views else inputs, bound=bound, reverse=reverse)
 
 
