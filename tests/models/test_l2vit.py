@@ -7,7 +7,7 @@ import timm
 import torch
 
 import linvision
-from linvision.models import CheckpointError, _l2vit_layers
+from linvision.models import CheckpointError
 from linvision.models.l2vit import L2ViT
 from linvision.models.l2vit_variants import checkpoint_filter_fn, to_release
 from tests import goldens
@@ -122,17 +122,6 @@ def test_a_classifiers_last_map_has_its_norm():
     features, maps = model.forward_intermediates(images, norm=True)
     torch.testing.assert_close(maps[-1], features.permute(0, 3, 1, 2))
     torch.testing.assert_close(maps[:-1], model.forward_intermediates(images)[1][:-1])
-
-
-def test_inference_in_parts_is_inference_at_once(monkeypatch):
-    torch.manual_seed(0)
-    model = L2ViT(**SMALL).eval()
-    images = torch.randn(2, 3, 67, 90)
-    expected = model(images).detach()
-    for values in (1, 5000, 2**30):
-        monkeypatch.setattr(_l2vit_layers, "PART_VALUES", values)
-        with torch.inference_mode():
-            torch.testing.assert_close(model(images), expected)
 
 
 def test_autocast_computes_the_same_with_and_without_gradients():

@@ -47,7 +47,7 @@ def test_backends_match_float64(size, dtype, backend):
 
 @kernels.needs_kernels
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize("level", kernels.LEVELS)
 def test_every_instruction_set_and_thread_number(level, threads):
     with kernels.settings(level, threads):
         for dtype in (torch.float32, torch.bfloat16):

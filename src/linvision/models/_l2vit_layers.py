@@ -5,18 +5,17 @@ convolutions between the token-wise layers need no copies.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
 
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 
+from linvision.models._fusion import fusible, layer_norm_of, linear_of
 from linvision.ops.convolution import depthwise_conv2d
+from linvision.ops.linear import linear, mlp
 from linvision.ops.linear_attention import linear_attention
-
-PART_VALUES = 2**22  # values that ``by_parts`` holds in between: 16 MB in float32
-PART_TOKENS = 2048  # of a part at least: each part has the weights laid out anew
+from linvision.ops.window_attention import attend_in_windows, window_attention
 
 
 def as_image(x: Tensor) -> Tensor:
@@ -40,36 +39,6 @@ def add(x: Tensor, update: Tensor) -> Tensor:
     if torch.is_grad_enabled() or x.dtype != update.dtype:
         return x + update
     return x.add_(update)
-
-
-def by_parts(function: Callable[[Tensor], Tensor], x: Tensor, *, width: int, tokens: int) -> Tensor:
-    """Apply a function that keeps the shape and treats the rows of x (N, ...) independently.
-
-    ``width`` is the number of values a row that it holds in between, ``tokens`` the tokens of a row. In inference on a
-    CPU the rows go through in parts: for a large image, mapping fresh memory for them costs as much as products.
-    """
-    rows = max(1, PART_VALUES // width, PART_TOKENS // tokens)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu" or len(x) <= rows:
-        return function(x)
-    y = torch.empty_like(x)
-    for part, result in zip(x.split(rows), y.split(rows), strict=True):
-        result.copy_(function(part))
-    return y
-
-
-class Linear(nn.Linear):
-    """Linear map of tokens; in inference on a CPU as a 1x1 convolution, which oneDNN computes without copying the bias.
-
-    PyTorch hands matrix products to another library, 5 to 30 % slower at these shapes.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Map the last axis of (..., in_features)."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or input.device.type != "cpu":
-            return super().forward(input)
-        column = input.reshape(1, -1, 1, self.in_features)
-        y = as_map(conv2d(as_image(column), self.weight[:, :, None, None], self.bias))
-        return y.view(*input.shape[:-1], self.out_features)
 
 
 class Depthwise(nn.Conv2d):
@@ -101,22 +70,25 @@ class WindowAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, window_size: int) -> None:
         super().__init__()
         self.num_heads, self.window_size = num_heads, window_size
-        self.qkv = Linear(dim, 3 * dim)
-        self.proj = Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend within the windows of (B, H, W, C)."""
-        (B, H, W, C), w = x.shape, self.window_size
-        x = pad_to_multiple(x, w)
-        tiles = (B, x.shape[1] // w, w, x.shape[2] // w, w, C)
-        windows = x.view(tiles).transpose(2, 3).reshape(-1, w * w, C)
-        x = by_parts(self._attend, windows, width=3 * w * w * C, tokens=w * w)
-        x = x.view(*tiles[:2], tiles[3], w, w, C).transpose(2, 3).reshape(B, tiles[1] * w, tiles[3] * w, C)
-        return x[:, :H, :W]
+        return attend_in_windows(x, self.qkv, self.proj, num_heads=self.num_heads, window_size=self.window_size)
 
-    def _attend(self, windows: Tensor) -> Tensor:
-        q, k, v = self.qkv(windows).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    def add_to(self, x: Tensor, norm: nn.LayerNorm, drop_path: nn.Module) -> Tensor:
+        """Return x + drop_path(self(norm(x)))."""
+        if not fusible(norm, self.qkv, self.proj):
+            return add(x, drop_path(self(norm(x))))
+        return window_attention(
+            x,
+            linear_of(self.qkv),
+            linear_of(self.proj),
+            norm=layer_norm_of(norm),
+            num_heads=self.num_heads,
+            window_size=self.window_size,
+        )
 
 
 class LinearAttention(nn.Module):
@@ -126,16 +98,23 @@ class LinearAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.temperature = nn.Parameter(torch.empty(num_heads, 1, 1))
-        self.qkv = Linear(dim, 3 * dim)
-        self.proj = Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend over all tokens of (B, H, W, C)."""
-        return by_parts(self._attend, x, width=3 * x[0].numel(), tokens=x.shape[1] * x.shape[2])
+        return self.proj(self._attend(self.qkv(x)))
 
-    def _attend(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        return self.proj(linear_attention(q, k, v, self.temperature).reshape(x.shape))
+    def add_to(self, x: Tensor, norm: nn.LayerNorm, drop_path: nn.Module) -> Tensor:
+        """Return x + drop_path(self(norm(x)))."""
+        if not fusible(norm, self.qkv, self.proj):
+            return add(x, drop_path(self(norm(x))))
+        y = self._attend(linear(x, linear_of(self.qkv), norm=layer_norm_of(norm)))
+        return linear(y, linear_of(self.proj), residual=x)
+
+    def _attend(self, qkv: Tensor) -> Tensor:
+        q, k, v = qkv.flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        return linear_attention(q, k, v, self.temperature).reshape(*qkv.shape[:3], -1)
 
 
 class LocalConcentration(nn.Module):
@@ -158,17 +137,19 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.fc1 = Linear(dim, 4 * dim)
+        self.fc1 = nn.Linear(dim, 4 * dim)
         self.act = nn.GELU()
-        self.fc2 = Linear(4 * dim, dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each token of (B, H, W, C)."""
-        y = by_parts(self._transform, x.flatten(0, 2), width=self.fc1.out_features, tokens=1)
-        return y.view(x.shape)
+        return self.fc2(self.act(self.fc1(x)))
 
-    def _transform(self, tokens: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(tokens)))
+    def add_to(self, x: Tensor, norm: nn.LayerNorm, drop_path: nn.Module) -> Tensor:
+        """Return x + drop_path(self(norm(x)))."""
+        if not fusible(norm, self.fc1, self.act, self.fc2):
+            return add(x, drop_path(self(norm(x))))
+        return mlp(x, linear_of(self.fc1), linear_of(self.fc2), norm=layer_norm_of(norm), residual=x)
 
 
 class LocalBlock(nn.Module):
@@ -186,9 +167,9 @@ class LocalBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Transform (B, H, W, C)."""
         x = self.cpe[0](x)
-        x = add(x, self.drop_path(self.attn(self.norm1(x))))
+        x = self.attn.add_to(x, self.norm1, self.drop_path)
         x = self.cpe[1](x)
-        return add(x, self.drop_path(self.mlp(self.norm2(x))))
+        return self.mlp.add_to(x, self.norm2, self.drop_path)
 
 
 class GlobalBlock(nn.Module):
@@ -208,9 +189,9 @@ class GlobalBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Transform (B, H, W, C)."""
         x = self.cpe[0](x)
-        x = add(x, self.drop_path(self.attn(self.norm1(x))))
+        x = self.attn.add_to(x, self.norm1, self.drop_path)
         x = add(x, self.drop_path(self.local_mp(self.norm3(x))))
-        return add(x, self.drop_path(self.mlp(self.norm2(x))))
+        return self.mlp.add_to(x, self.norm2, self.drop_path)
 
 
 class Stem(nn.Module):

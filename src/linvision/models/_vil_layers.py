@@ -11,9 +11,11 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from linvision.models._backbone import resize_grid
+from linvision.models._fusion import fusible, halves_of, linear_of, unchanged
 from linvision.ops.block_diagonal import BLOCK_SIZE, BlockDiagonal, Gate, block_diagonal, mlstm_inputs
 from linvision.ops.convolution import causal_conv1d, depthwise_conv2d
 from linvision.ops.gated_norm import gated_head_norm
+from linvision.ops.linear import LayerNorm, linear, normalise
 from linvision.ops.mlstm import mlstm
 
 NUM_HEADS = 4
@@ -31,6 +33,10 @@ class ResidualLayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis of (..., dim)."""
         return F.layer_norm(x, self.weight.shape, 1 + self.weight, self.bias, self.eps)
+
+    def as_layer_norm(self) -> LayerNorm:
+        """Return the parameters of the layer norm that this is."""
+        return LayerNorm(1 + self.weight, self.bias, self.eps)
 
 
 class BlockDiagonalLinear(nn.Module):
@@ -100,15 +106,24 @@ class ViLLayer(nn.Module):
         self.learnable_skip = nn.Parameter(torch.ones(inner))
         self.proj_down = nn.Linear(inner, dim, bias=proj_bias)
 
-    def forward(self, u: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Map tokens (B, rows * columns, dim) of a grid (rows, columns)."""
+    def forward(
+        self, u: Tensor, grid: tuple[int, int], *, norm: LayerNorm | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """Map tokens (B, rows * columns, dim) of a grid (rows, columns); norm before, residual sum after."""
+        if not unchanged(self.proj_up, self.proj_down):
+            u = normalise(u, norm)
+            x, z = self.proj_up(u).chunk(2, dim=-1)
+            y = self.proj_down(self._gate(*self._mix(x, grid), z))
+            return y if residual is None else residual + y
         # Two products instead of one and a split: x and z come out contiguous, and z not before it is needed.
-        x_weight, z_weight = self.proj_up.weight.chunk(2)
-        x_bias, z_bias = (None, None) if self.proj_up.bias is None else self.proj_up.bias.chunk(2)
-        h, c = self._mix(F.linear(u, x_weight, x_bias), grid)
-        z, norm = F.linear(u, z_weight, z_bias), self.mlstm_cell.outnorm
-        y = gated_head_norm(h, c, z, weight=norm.weight, bias=norm.bias, skip=self.learnable_skip, eps=norm.eps)
-        return self.proj_down(y)
+        x_up, z_up = halves_of(self.proj_up)
+        h, c = self._mix(linear(u, x_up, norm=norm), grid)
+        y = self._gate(h, c, linear(u, z_up, norm=norm))
+        return linear(y, linear_of(self.proj_down), residual=residual)
+
+    def _gate(self, h: Tensor, c: Tensor, z: Tensor) -> Tensor:
+        norm = self.mlstm_cell.outnorm
+        return gated_head_norm(h, c, z, weight=norm.weight, bias=norm.bias, skip=self.learnable_skip, eps=norm.eps)
 
     def _mix(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return the mLSTM's heads (B, S, H, D) and the convolved tokens (B, S, E)."""
@@ -132,6 +147,8 @@ class ViLBlock(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Map tokens (B, rows * columns, dim) of a grid (rows, columns)."""
+        if fusible(self.norm, own=(ResidualLayerNorm,)):
+            return self.layer(x, grid, norm=self.norm.as_layer_norm(), residual=x)
         return x + self.drop_path(self.layer(self.norm(x), grid))
 
 

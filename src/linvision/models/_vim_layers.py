@@ -6,14 +6,17 @@ kernel turned round.
 """
 
 import math
-from typing import Literal, cast
+from collections.abc import Callable
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from linvision.models._fusion import apply, halves_of, unchanged
 from linvision.ops.convolution import causal_conv1d
+from linvision.ops.linear import Linear, linear
 from linvision.ops.selective_scan import selective_scan
 
 Directions = Literal["v2", "v1", "forward", "backward"]
@@ -48,6 +51,16 @@ class CausalConv(nn.Conv1d):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (B, S, dim)."""
         return causal_conv1d(x, self.weight, self.bias, activation="silu", reverse=self.reverse)
+
+
+class Projected(NamedTuple):
+    """What a branch scans: u and delta (B, S, E), a bias that is still to be added to delta, B and C (B, S, N)."""
+
+    u: Tensor
+    delta: Tensor
+    delta_bias: Tensor | None
+    B: Tensor
+    C: Tensor
 
 
 class MambaMixer(nn.Module):
@@ -91,47 +104,56 @@ class MambaMixer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Mix (B, S, dim) over the sequence."""
-        # Two products instead of one and a split, so that the gate need not be alive before the last scan.
-        x_weight, z_weight = self.in_proj.weight.chunk(2)
-        x, y = F.linear(tokens, x_weight), None
-        last = (self.A_log, self.D, self.dt_proj)
+        x, project_z = self._project_in(tokens)
+        y, last = None, (self.A_log, self.D)
         if self.directions == "v2":
             # What one branch projects is free again before the other begins.
             y = self._scan(self._project(x, self.conv1d, self.x_proj, self.dt_proj), *last, reverse=False)
             projected = self._project(x, self.conv1d_b, self.x_proj_b, self.dt_proj_b)
-            last = (self.A_b_log, self.D_b, self.dt_proj_b)
+            last = (self.A_b_log, self.D_b)
         else:
             projected = self._project(x, self.conv1d, self.x_proj, self.dt_proj)
         if self.directions == "v1":
             y = self._scan(projected, *last, reverse=False)
-            last = (self.A_b_log, self.D, self.dt_proj)
+            last = (self.A_b_log, self.D)
         del x
-        z = F.linear(tokens, z_weight)
-        y = self._scan(projected, *last, reverse=self.directions != "forward", residual=y, z=z)
-        # Half of the weights instead of half of the sum: fewer numbers, and exactly the same result.
-        halve = self.halve and self.directions == "v2"
-        out = F.linear(y, self.out_proj.weight / 2 if halve else self.out_proj.weight)
+        y = self._scan(projected, *last, reverse=self.directions != "forward", residual=y, z=project_z())
+        out = self._project_out(y)
         return out if self.gamma is None else out * self.gamma
 
-    def _project(self, x: Tensor, conv: CausalConv, x_proj: nn.Linear, dt_proj: nn.Linear) -> tuple[Tensor, ...]:
-        """Return u and delta (B, S, E), the latter without its bias, and B and C (B, S, N)."""
+    def _project_in(self, tokens: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+        """Return x (B, S, E) and what computes the gate z, which need not be alive before the last scan."""
+        if not unchanged(self.in_proj):
+            x, z = self.in_proj(tokens).chunk(2, dim=-1)
+            return x, lambda: z
+        x_half, z_half = halves_of(self.in_proj)
+        return linear(tokens, x_half), lambda: linear(tokens, z_half)
+
+    def _project_out(self, y: Tensor) -> Tensor:
+        halve = self.halve and self.directions == "v2"
+        if not unchanged(self.out_proj):
+            return self.out_proj(y / 2 if halve else y)
+        # Half of the weights instead of half of the sum: fewer numbers, and exactly the same result.
+        return linear(y, Linear(self.out_proj.weight / 2 if halve else self.out_proj.weight))
+
+    def _project(self, x: Tensor, conv: CausalConv, x_proj: nn.Linear, dt_proj: nn.Linear) -> Projected:
         u = conv(x)
-        dt, B, C = x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        return u, F.linear(dt, dt_proj.weight), B, C
+        dt, B, C = apply(x_proj, u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        if not unchanged(dt_proj):
+            return Projected(u, dt_proj(dt), None, B, C)
+        return Projected(u, linear(dt, Linear(dt_proj.weight)), dt_proj.bias, B, C)
 
     @staticmethod
     def _scan(
-        projected: tuple[Tensor, ...],
+        projected: Projected,
         A_log: Tensor,
         D: Tensor,
-        dt_proj: nn.Linear,
         *,
         reverse: bool,
         residual: Tensor | None = None,
         z: Tensor | None = None,
     ) -> Tensor:
-        """Scan one way; dt_proj's bias is added inside, in float32."""
-        u, delta, B, C = projected
+        u, delta, delta_bias, B, C = projected
         A = -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
         y = selective_scan(
             u,
@@ -142,7 +164,7 @@ class MambaMixer(nn.Module):
             D=D,
             z=z,
             residual=residual,
-            delta_bias=dt_proj.bias,
+            delta_bias=delta_bias,
             delta_softplus=True,
             reverse=reverse,
         )
@@ -165,7 +187,11 @@ class MambaMixer(nn.Module):
 
 
 class VimLayer(nn.Module):
-    """Residual layer: residual = residual + drop_path(hidden); hidden = mixer(norm(residual))."""
+    """Residual layer: residual = residual + drop_path(hidden); hidden = mixer(norm(residual)).
+
+    Where no gradient is recorded the sum is written into the residual that comes in, which then need not stay alive
+    beside it. ``keep_residual`` leaves it as it is.
+    """
 
     def __init__(self, *, mixer: MambaMixer, norm: nn.Module, drop_path: float) -> None:
         super().__init__()
@@ -173,9 +199,13 @@ class VimLayer(nn.Module):
         self.mixer = mixer
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden: Tensor, residual: Tensor | None, *, keep_residual: bool = False) -> tuple[Tensor, Tensor]:
         """Map (B, S, D) hidden and residual, which is None before the first layer."""
-        residual = add_residual(residual, self.drop_path(hidden))
+        hidden = self.drop_path(hidden)
+        if residual is None or keep_residual or torch.is_grad_enabled():
+            residual = add_residual(residual, hidden)
+        else:
+            residual += hidden
         return self.mixer(self.norm(residual)), residual
 
 

@@ -49,11 +49,15 @@ class Plain:
 
 
 class Dispatcher:
-    """Chooses between the bodies of one op, listed by backend, the fastest first."""
+    """Chooses between the bodies of one op, listed by backend, the fastest first.
 
-    def __init__(self, op: str, bodies: dict[str, Body]) -> None:
+    ``inference_only`` says that its kernels compute no gradients and stand for what compilers fuse by themselves.
+    """
+
+    def __init__(self, op: str, bodies: dict[str, Body], *, inference_only: bool = False) -> None:
         self.op = op
         self.bodies = bodies
+        self.inference_only = inference_only
         self.told: set[str] = set()
 
     def choose(self, *tensors: Tensor | None) -> Any:
@@ -80,6 +84,8 @@ class Dispatcher:
         Then an op may put its expression where it is called, for compilers to fuse with what stands around it. A
         forced backend in which the op has no body leaves the op in plain PyTorch.
         """
+        if self.inference_only and (torch.is_grad_enabled() or torch.compiler.is_compiling() or autocasts(*tensors)):
+            return True
         return _chosen not in ("auto", *self.bodies) or self.choose(*tensors) is self.bodies["plain"]
 
     def kernels(self, *tensors: Tensor | None) -> Any:
@@ -106,6 +112,12 @@ class Dispatcher:
         if not torch.compiler.is_compiling() and message not in self.told:
             self.told.add(message)
             _logger.warning(message)
+
+
+def autocasts(*tensors: Tensor | None) -> bool:
+    """Say whether autocast chooses types where these tensors are."""
+    devices = {x.device.type for x in tensors if x is not None}
+    return any(torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) for device in devices)
 
 
 @contextmanager

@@ -11,7 +11,9 @@ DEVICE = "cpu"
 MAX_KERNEL = 15
 
 
-class _Grid(ctypes.Structure):
+class Grid(ctypes.Structure):
+    """Tokens (B, rows, columns, channels), channels contiguous."""
+
     _fields_ = [
         ("data", ctypes.c_void_p),
         ("batch", ctypes.c_int64),
@@ -20,7 +22,8 @@ class _Grid(ctypes.Structure):
     ]
 
     @classmethod
-    def of(cls, x: Tensor) -> "_Grid":
+    def of(cls, x: Tensor) -> "Grid":
+        """Describe a tensor, which must outlive the call."""
         return cls(x.data_ptr(), *x.stride()[:3])
 
 
@@ -33,7 +36,7 @@ _FLAGS = [(name, ctypes.c_int32) for name in ("dtype", "silu", "reverse", "threa
 
 class _Forward(ctypes.Structure):
     _fields_ = [
-        *((name, _Grid) for name in ("x", "y")),
+        *((name, Grid) for name in ("x", "y")),
         *((name, ctypes.c_void_p) for name in ("weight", "bias")),
         *_SHAPE,
         *_FLAGS,
@@ -42,7 +45,7 @@ class _Forward(ctypes.Structure):
 
 class _Backward(ctypes.Structure):
     _fields_ = [
-        *((name, _Grid) for name in ("x", "dy", "dx", "d_sum")),
+        *((name, Grid) for name in ("x", "dy", "dx", "d_sum")),
         *((name, ctypes.c_void_p) for name in ("weight", "bias", "dweight", "dbias")),
         *_SHAPE,
         *_FLAGS,
@@ -65,8 +68,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *, causal: bool, sil
     x_, weight_, bias_ = readable(x), weight.float().contiguous(), _as_float(bias)
     y = x_.new_empty(x_.shape)
     arguments = _Forward(
-        _Grid.of(x_),
-        _Grid.of(y),
+        Grid.of(x_),
+        Grid.of(y),
         pointer(weight_),
         pointer(bias_),
         *_shape(x, weight, causal),
@@ -88,8 +91,8 @@ def backward(
     dx, dweight, dbias = x_.new_empty(x_.shape), torch.empty_like(weight_), weight_.new_empty(len(weight))
     d_sum = x_.new_empty(x_.shape, dtype=torch.float32) if silu else None
     arguments = _Backward(
-        *(_Grid.of(tensor) for tensor in (x_, dy_, dx)),
-        _Grid() if d_sum is None else _Grid.of(d_sum),
+        *(Grid.of(tensor) for tensor in (x_, dy_, dx)),
+        Grid() if d_sum is None else Grid.of(d_sum),
         *(pointer(tensor) for tensor in (weight_, bias_, dweight, dbias)),
         *_shape(x, weight, causal),
         DTYPES[x_.dtype],

@@ -10,7 +10,7 @@ import torch  # before the library: it brings the OpenMP runtime that both are t
 from torch import Tensor
 
 LIBRARY = "liblinvision.so"
-LEVELS = ("baseline", "avx2", "avx512")
+LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _OUT_OF_MEMORY = 1
 
@@ -70,10 +70,14 @@ def call(function: str, arguments: ctypes.Structure) -> None:
 
     Raises:
         MemoryError: there was none left for a kernel's scratch.
+        NotImplementedError: the kernel cannot compute this on this CPU; ``refuses`` is to see to it beforehand.
     """
     loaded: Any = library()
-    if getattr(loaded, function)(ctypes.byref(arguments)) == _OUT_OF_MEMORY:
+    status = getattr(loaded, function)(ctypes.byref(arguments))
+    if status == _OUT_OF_MEMORY:
         raise MemoryError(f"{function}: out of memory")
+    if status:
+        raise NotImplementedError(f"{function}: not for this CPU, type or size")
 
 
 def pointer(x: Tensor | None) -> int | None:

@@ -10,7 +10,7 @@ namespace linvision {
 
 enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1 };
 
-enum Status : int32_t { kDone = 0, kOutOfMemory = 1 };
+enum Status : int32_t { kDone = 0, kOutOfMemory = 1, kUnsupported = 2 };
 
 // Tokens (B, S, H, D) or gates (B, S, H): the last axis of tokens is contiguous.
 struct Strided {
@@ -120,6 +120,50 @@ struct GatedNormBackward {
   float *dweight, *dbias, *dskip;
   int64_t batch, tokens, heads, head_dim;
   float eps;
+  int32_t dtype, threads;
+};
+
+// A layer norm before a linear layer; without a weight there is none.
+struct LayerNorm {
+  const float *weight, *bias;
+  float eps;
+};
+
+// Weights (outputs, inputs), contiguous and of the tokens' type; bias (outputs,) where given.
+struct Linear {
+  const void* weight;
+  const float* bias;
+  int64_t inputs, outputs;
+};
+
+// Tokens (rows, channels), channels contiguous.
+struct Rows {
+  void* data;
+  int64_t stride;
+};
+
+struct LinearForward {
+  Rows x, residual, y;
+  LayerNorm norm;
+  Linear layer;
+  int64_t rows;
+  int32_t dtype, threads;
+};
+
+struct MlpForward {
+  Rows x, residual, y;
+  LayerNorm norm;
+  Linear first, second;
+  int64_t rows;
+  int32_t dtype, threads;
+};
+
+// y = x + proj(attention(qkv(norm(x)))), within windows of the grid; y may be x.
+struct WindowAttentionForward {
+  Grid x, y;
+  LayerNorm norm;
+  Linear qkv, proj;
+  int64_t batch, rows, columns, heads, window;
   int32_t dtype, threads;
 };
 

@@ -44,6 +44,38 @@ LINVISION_INLINE void store_channels(T* p, Vec x, int n) {
   }
 }
 
+// Lanes beyond the first n as zeros.
+template <bool kWhole>
+LINVISION_INLINE Vec within(Vec x, int n) {
+  if constexpr (kWhole) {
+    return x;
+  } else {
+    float lanes[kLanes];
+    store(lanes, x);
+    return load_some(lanes, n);
+  }
+}
+
+// Mean and scale of the values that a norm takes together.
+struct Moments {
+  float mean, scale;  // scale = 1 / sqrt(variance + eps)
+};
+
+template <typename T>
+LINVISION_INLINE Moments moments_of(const T* x, int64_t channels, float eps) {
+  Vec sum = {}, squares = {};
+  each_vector(channels, [&](auto whole, int64_t d, int n) __attribute__((always_inline)) {
+    sum += load_channels<decltype(whole)::value>(x + d, n);
+  });
+  const float mean = total(sum) / static_cast<float>(channels);
+  each_vector(channels, [&](auto whole, int64_t d, int n) __attribute__((always_inline)) {
+    constexpr bool kWhole = decltype(whole)::value;
+    const Vec deviation = within<kWhole>(load_channels<kWhole>(x + d, n) - mean, n);
+    squares += deviation * deviation;
+  });
+  return {mean, 1.0f / __builtin_sqrtf(total(squares) / static_cast<float>(channels) + eps)};
+}
+
 // The derivative of x sigmoid(x), given sigmoid(x) or not.
 LINVISION_INLINE Vec silu_slope(Vec x, Vec sigmoid_of_x) { return sigmoid_of_x * (1.0f + x * (1.0f - sigmoid_of_x)); }
 

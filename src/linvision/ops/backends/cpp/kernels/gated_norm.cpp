@@ -7,37 +7,6 @@ namespace linvision {
 namespace LINVISION_ISA {
 namespace {
 
-// Lanes beyond the first n as zeros.
-template <bool kWhole>
-LINVISION_INLINE Vec within(Vec x, int n) {
-  if constexpr (kWhole) {
-    return x;
-  } else {
-    float lanes[kLanes];
-    store(lanes, x);
-    return load_some(lanes, n);
-  }
-}
-
-struct Moments {
-  float mean, scale;  // scale = 1 / sqrt(variance + eps)
-};
-
-template <typename T>
-LINVISION_INLINE Moments moments_of(const T* h, int64_t head_dim, float eps) {
-  Vec sum = {}, squares = {};
-  each_vector(head_dim, [&](auto whole, int64_t d, int n) __attribute__((always_inline)) {
-    sum += load_channels<decltype(whole)::value>(h + d, n);
-  });
-  const float mean = total(sum) / static_cast<float>(head_dim);
-  each_vector(head_dim, [&](auto whole, int64_t d, int n) __attribute__((always_inline)) {
-    constexpr bool kWhole = decltype(whole)::value;
-    const Vec deviation = within<kWhole>(load_channels<kWhole>(h + d, n) - mean, n);
-    squares += deviation * deviation;
-  });
-  return {mean, 1.0f / __builtin_sqrtf(total(squares) / static_cast<float>(head_dim) + eps)};
-}
-
 // The parameters of a head at channels d, ...
 struct Affine {
   Vec scale, shift, skip;

@@ -19,7 +19,10 @@
   X(qkv_forward, QkvForward)                          \
   X(qkv_backward, QkvBackward)                        \
   X(gated_norm_forward, GatedNormForward)             \
-  X(gated_norm_backward, GatedNormBackward)
+  X(gated_norm_backward, GatedNormBackward)           \
+  X(linear_forward, LinearForward)                    \
+  X(mlp_forward, MlpForward)                          \
+  X(window_attention_forward, WindowAttentionForward)
 
 namespace linvision {
 
@@ -35,10 +38,17 @@ namespace avx512 {
 LINVISION_KERNELS(LINVISION_DECLARE)
 }
 #endif
+#if defined(LINVISION_AVX512_BF16)
+namespace avx512_bf16 {
+LINVISION_KERNELS(LINVISION_DECLARE)
+}
+#elif defined(LINVISION_X86)
+namespace avx512_bf16 = avx512;  // this compiler does not know those instructions
+#endif
 
 namespace {
 
-enum Level { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
+enum Level { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512BFloat16 = 3 };
 
 Level detect() {
 #if defined(LINVISION_X86)
@@ -47,6 +57,9 @@ Level detect() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
+#if defined(LINVISION_AVX512_BF16)
+  if (avx2 && avx512 && __builtin_cpu_supports("avx512bf16")) return kAvx512BFloat16;
+#endif
   if (avx2 && avx512) return kAvx512;
   if (avx2) return kAvx2;
 #endif
@@ -65,6 +78,7 @@ using namespace linvision;
 #define LINVISION_EXPORT_KERNEL(kernel, Arguments)                          \
   LINVISION_EXPORT int32_t linvision_##kernel(const Arguments* arguments) { \
     switch (level) {                                                        \
+      case kAvx512BFloat16: return avx512_bf16::kernel(*arguments);         \
       case kAvx512: return avx512::kernel(*arguments);                      \
       case kAvx2: return avx2::kernel(*arguments);                          \
       default: return baseline::kernel(*arguments);                         \

@@ -107,6 +107,14 @@ LINVISION_INLINE float total(Vec x) {
   return lanes[0];
 }
 
+// The largest of all lanes; a NaN may be passed over.
+LINVISION_INLINE float highest(Vec x) {
+  float lanes[kLanes], result = x[0];
+  store(lanes, x);
+  for (int j = 1; j < kLanes; ++j) result = lanes[j] > result ? lanes[j] : result;
+  return result;
+}
+
 // 2^x to 2e-7 of its value: 2^n from the exponent's bits, 2^f with |f| <= 1/2 as the Taylor series of degree 6.
 // Below -126 the result is 2^-126 (or rather less than 1.2e-38, where float32 ends), above 127.5 it is 2^127.5.
 LINVISION_INLINE Vec exp2(Vec x) {
@@ -132,6 +140,25 @@ LINVISION_INLINE Vec exp(Vec x) { return exp2(x * kLog2E); }
 LINVISION_INLINE Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
 
 LINVISION_INLINE Vec silu(Vec x) { return x * sigmoid(x); }
+
+// x times the normal distribution's cumulated density, to 3e-7 of x: 1/2 + u P(u^2) / Q(u^2), a minimax fit for |u| <= 5.2.
+// Below, the density is less than 1e-7, and 0 here.
+LINVISION_INLINE Vec gelu(Vec x) {
+  const Vec u = minimum(maximum(x, splat(-5.2f)), splat(5.2f)), s = u * u;
+  Vec p = splat(5.840642506e-6f);
+  p = p * s + 3.142639730e-4f;
+  p = p * s + 5.518735477e-3f;
+  p = p * s + 4.959352473e-2f;
+  p = p * s + 3.989419173e-1f;
+  Vec q = splat(5.019014205e-7f);
+  q = q * s + 1.127410750e-4f;
+  q = q * s + 2.703750337e-3f;
+  q = q * s + 3.733986507e-2f;
+  q = q * s + 2.909732969e-1f;
+  q = q * s + 1.0f;
+  const Vec density = u * p / q + 0.5f;
+  return x * (x < -5.2f ? Vec{} : density);
+}
 
 // log(1 + x) for 0 <= x <= 1 to 2e-7 of its value: 2 artanh(s) with s = x / (2 + x) <= 1/3, as a series in s^2.
 LINVISION_INLINE Vec log1p_of_fraction(Vec x) {

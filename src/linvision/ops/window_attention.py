@@ -1,0 +1,114 @@
+"""Softmax attention within square windows of a grid of tokens, from the layer norm before it to the residual sum after.
+
+    y = x + proj(attention(qkv(norm(x))))
+
+in every window of w x w tokens that tile the grid; zeros, after the norm, fill up the windows at the right and the
+bottom. Without gradients a CPU takes one window after the other through all of it, while its tokens are in the cache.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from linvision.ops._dispatch import Dispatcher, Plain
+from linvision.ops.backends.cpp import window_attention as cpp_window_attention
+from linvision.ops.linear import LayerNorm, Linear, check_layers, normalise, project
+
+
+def window_attention(
+    x: Tensor, qkv: Linear, proj: Linear, *, norm: LayerNorm, num_heads: int, window_size: int
+) -> Tensor:
+    """Add to each token what attention within its window finds for it (equation above).
+
+    Args:
+        x: tokens (B, H, W, C), of the weights' type.
+        qkv: queries, keys and values of all heads, one after the other: weight (3 C, C).
+        proj: weight (C, C).
+        norm: the layer norm.
+        num_heads: heads, of C / num_heads channels each.
+        window_size: tokens along a side of a window, w.
+
+    Returns:
+        (B, H, W, C) in x's type; kernels sum in float32.
+
+    Raises:
+        ValueError: where shapes, types or devices disagree, the heads do not divide C, or for a window below 1.
+    """
+    if x.ndim != 4:
+        raise ValueError(f"window_attention: x must be (B, H, W, C) but has shape {tuple(x.shape)}")
+    width = x.shape[-1]
+    check_layers("window_attention", x, [qkv], norm)
+    check_layers("window_attention", x, [proj], None)
+    if len(qkv.weight) != 3 * width or len(proj.weight) != width or num_heads < 1 or width % num_heads:
+        raise ValueError(
+            f"window_attention: for {width} channels qkv must have {3 * width} outputs, proj {width}, and the heads "
+            f"must divide them, but these are {len(qkv.weight)}, {len(proj.weight)} and {num_heads}"
+        )
+    if window_size < 1:
+        raise ValueError(f"window_attention: window_size={window_size}: a window has at least 1 token along a side")
+    if window_size**2 > cpp_window_attention.MAX_TOKENS or BODIES.runs_plain(x, qkv.weight, proj.weight):
+        return _plain(x, qkv, proj, norm, num_heads, window_size)
+    return torch.ops.linvision.window_attention(x, *qkv, *proj, *norm, num_heads, window_size)
+
+
+def attend_in_windows(
+    x: Tensor,
+    qkv: Callable[[Tensor], Tensor],
+    proj: Callable[[Tensor], Tensor],
+    *,
+    num_heads: int,
+    window_size: int,
+) -> Tensor:
+    """Attend within the windows of tokens (B, H, W, C), without norm and residual sum, in plain PyTorch."""
+    (B, H, W, C), w = x.shape, window_size
+    x = F.pad(x, (0, 0, 0, -W % w, 0, -H % w)) if W % w or H % w else x
+    tiles = (B, x.shape[1] // w, w, x.shape[2] // w, w, C)
+    windows = x.view(tiles).transpose(2, 3).reshape(-1, w * w, C)
+    q, k, v = qkv(windows).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    windows = proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    x = windows.view(*tiles[:2], tiles[3], w, w, C).transpose(2, 3).reshape(x.shape)
+    return x[:, :H, :W]
+
+
+def _plain(x: Tensor, qkv: Linear, proj: Linear, norm: LayerNorm, num_heads: int, window_size: int) -> Tensor:
+    layers = [partial(project, layer=layer) for layer in (qkv, proj)]
+    return x + attend_in_windows(normalise(x, norm), *layers, num_heads=num_heads, window_size=window_size)
+
+
+BODIES = Dispatcher("window_attention", {"cpp": cpp_window_attention, "plain": Plain(_plain)}, inference_only=True)
+
+
+# The op as torch sees it: opaque, with a meta kernel and counted operations.
+
+
+@torch.library.custom_op("linvision::window_attention", mutates_args=())
+def _window_attention(
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    eps: float,
+    num_heads: int,
+    window_size: int,
+) -> Tensor:
+    qkv, proj = Linear(qkv_weight, qkv_bias), Linear(proj_weight, proj_bias)
+    return cpp_window_attention.forward(x, qkv, proj, LayerNorm(norm_weight, norm_bias, eps), num_heads, window_size)
+
+
+@_window_attention.register_fake
+def _(x, qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias, eps, num_heads, window_size):
+    return x.new_empty(x.shape)
+
+
+@register_flop_formula(torch.ops.linvision.window_attention)
+def _flops(x_shape, qkv_shape, qkv_bias, proj_shape, *args, out_shape=None, **kwargs) -> int:
+    (batch, rows, columns, width), w = x_shape, args[-1]
+    tokens = batch * (rows + -rows % w) * (columns + -columns % w)
+    return tokens * (2 * (torch.Size(qkv_shape).numel() + torch.Size(proj_shape).numel()) + 4 * w * w * width)
