@@ -24,8 +24,9 @@ from linvision.ops import _mlstm_chunkwise
 from linvision.ops._dispatch import Dispatcher
 from linvision.ops._mlstm_chunkwise import EPS
 from linvision.ops.backends.cpp import mlstm as cpp_mlstm
+from linvision.ops.backends.triton import mlstm as triton_mlstm
 
-BODIES = Dispatcher("mlstm", {"cpp": cpp_mlstm, "plain": _mlstm_chunkwise})
+BODIES = Dispatcher("mlstm", {"triton": triton_mlstm, "cpp": cpp_mlstm, "plain": _mlstm_chunkwise})
 
 
 class MLSTMState(NamedTuple):

@@ -22,8 +22,12 @@ from linvision.ops import _selective_scan_tiled
 from linvision.ops._dispatch import Dispatcher
 from linvision.ops._selective_scan_tiled import Inputs
 from linvision.ops.backends.cpp import selective_scan as cpp_selective_scan
+from linvision.ops.backends.triton import selective_scan as triton_selective_scan
 
-BODIES = Dispatcher("selective_scan", {"cpp": cpp_selective_scan, "plain": _selective_scan_tiled})
+BODIES = Dispatcher(
+    "selective_scan",
+    {"triton": triton_selective_scan, "cpp": cpp_selective_scan, "plain": _selective_scan_tiled},
+)
 
 
 def selective_scan(
