@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from linvision.ops import BackendError, MLSTMState, mlstm, mlstm_recurrent, use_backend
-from linvision.ops.backends.triton import device
+from linvision.ops import MLSTMState, mlstm, mlstm_recurrent, use_backend
 from linvision.ops.backends.triton import mlstm as body
 from tests import goldens
 from tests.ops.test_mlstm import random_inputs
@@ -142,42 +141,6 @@ def test_an_empty_batch_has_an_empty_answer():
     assert h.shape == (0, 5, 2, 4)
     assert [x.shape for x in state] == [(0, 2, 4, 4), (0, 2, 4), (0, 2)]
     assert inputs[0].grad.shape == h.shape
-
-
-def test_compiles_without_a_break():
-    inputs = [x.to(DEVICE) for x in random_inputs(20, 4, dtype=torch.float32)]
-    torch._dynamo.reset()
-    with use_backend("triton"):
-        compiled = torch.compile(lambda *args: mlstm(*args, reverse=True), fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(*inputs), mlstm(*inputs, reverse=True))
-
-
-@pytest.mark.parametrize(
-    ("head_dim", "dtype", "reason"), [(4, torch.float64, "float64"), (1024, torch.float32, "heads of 1024 channels")]
-)
-def test_what_cannot_run_is_refused_by_its_reason(head_dim, dtype, reason):
-    inputs = [x.to(DEVICE) for x in random_inputs(3, head_dim, batch=1, dtype=dtype)]
-    with use_backend("triton"), pytest.raises(BackendError, match=reason):
-        mlstm(*inputs)
-
-
-def test_tensors_off_the_gpu_are_refused(monkeypatch):
-    monkeypatch.setattr(device, "interpreted", lambda: False)
-    with use_backend("triton"), pytest.raises(BackendError, match="on cpu, not on a GPU"):
-        mlstm(*random_inputs(3, 4, dtype=torch.float32))
-
-
-def test_an_old_gpu_and_a_missing_triton_are_refused(monkeypatch):
-    class OnGPU:
-        device, dtype = torch.device("cuda"), torch.float32
-
-    monkeypatch.setattr(device, "interpreted", lambda: False)
-    monkeypatch.setattr(device, "_capability", lambda _: (7, 5))
-    assert device.unusable(OnGPU()) == "an old GPU, of compute capability 7.5; 8.0 is needed"
-    monkeypatch.setattr(device, "_capability", lambda _: (8, 0))
-    assert device.unusable(OnGPU()) is None
-    monkeypatch.setattr(device, "find_spec", lambda _: None)
-    assert device.unusable(OnGPU()) == "triton is not installed"
 
 
 def test_kernels_are_those_that_were_meant_to_be_tested():

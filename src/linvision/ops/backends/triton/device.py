@@ -1,6 +1,7 @@
 """What Triton kernels need of a device and of tensors, and the precision of their matrix products."""
 
 import os
+from contextlib import nullcontext
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 OLDEST_CAPABILITY = (8, 0)
+COMPILING = {"enable_fp_fusion": True}  # multiply and add in one: Triton's default until 3.9, then no more
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -70,11 +72,8 @@ def launch(kernel: Any, num_programs: int, *arguments: Any, like: Tensor, **opti
     """Start a kernel on the device of a tensor, as so many programs; none of them is no launch."""
     if num_programs == 0:
         return
-    if like.device.type != "cuda":
-        kernel[(num_programs,)](*arguments, **options)
-        return
-    with torch.cuda.device(like.device):
-        kernel[(num_programs,)](*arguments, **options)
+    with torch.cuda.device(like.device) if like.device.type == "cuda" else nullcontext():
+        kernel[(num_programs,)](*arguments, **COMPILING, **options)
 
 
 def power_of_two(number: int, *, least: int = 1) -> int:
