@@ -1,32 +1,31 @@
 """What ``gpu_verification.py`` does with single kernels: whether they are right, and how fast they are."""
 
-# ruff: noqa: E402  (the interpreter is chosen before Triton is imported)
-
-import os
-import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
-
-SMOKE = "--smoke" in sys.argv
-if SMOKE:  # before Triton is imported
-    os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, scaled_dot_product_attention
 
+from linvision import create_model
 from linvision.bench.machine import measure_peaks, synchronize
 from linvision.bench.measure import alternate, spread
 from linvision.ops import MLSTMState, mlstm, selective_scan, use_backend
+from linvision.ops.backends.triton.device import interpreted
 
+SMOKE = interpreted()
 DEVICE = "cpu" if SMOKE else "cuda"
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Relative errors (of norms) of outputs and gradients that are allowed; a section with a larger one fails.
+# Relative errors (of norms) of outputs and gradients that are allowed.
 BOUNDS = {"float32": (1e-5, 2e-4), "float16": (2e-3, 1e-2), "bfloat16": (1.2e-2, 4e-2)}
+SAME = 1e-2  # between a model and its replay, whose products in bfloat16 may be computed in another order
 HALF = torch.bfloat16
+BATCH = 1 if SMOKE else 32
 Row = dict[str, Any]
+Case = tuple[str, Callable[[], Iterator[Row]]]
 Contestant = tuple[Callable, dict[str, Any]]
 
 
@@ -45,11 +44,12 @@ def mlstm_inputs(batch: int, tokens: int, heads: int, dim: int, dtype: torch.dty
 
 def scan_inputs(batch: int, tokens: int, width: int, states: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Make what a selective scan reads."""
-    u, delta, z = (noise(batch, tokens, width, dtype=dtype, seed=seed) for seed in range(3))
+    u, delta, z, residual = (noise(batch, tokens, width, dtype=dtype, seed=seed) for seed in (0, 1, 2, 7))
     B, C = (noise(batch, tokens, states, dtype=dtype, seed=seed) for seed in (3, 4))
     A = -torch.arange(1.0, states + 1, device=DEVICE).repeat(width, 1)
     D, bias = noise(width, seed=5), noise(width, seed=6) - 3
-    return {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": bias}
+    inputs = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": bias}
+    return inputs | {"residual": residual}
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -72,7 +72,7 @@ def outcome(op: Callable, inputs: dict[str, Tensor], backend: str, **options: An
     return [y, *states], list(gradients)
 
 
-def compare(op: Callable, inputs: dict[str, Tensor], **options: Any) -> Row:
+def compare(op: Callable, inputs: dict[str, Tensor], type_name: str, **options: Any) -> Iterator[Row]:
     """Hold Triton's kernels, and plain PyTorch in the same type, against float64."""
     exact_options = {name: x.double() if isinstance(x, Tensor) else x for name, x in options.items()}
     exact = outcome(op, {name: x.double() for name, x in inputs.items()}, "plain", **exact_options)
@@ -81,85 +81,158 @@ def compare(op: Callable, inputs: dict[str, Tensor], **options: Any) -> Row:
         answer = outcome(op, inputs, backend, **options)
         for kind, ours, expected in zip(("output", "gradient"), answer, exact, strict=True):
             row[f"{backend} {kind}"] = max(relative_error(a, b) for a, b in zip(ours, expected, strict=True))
-    return row
-
-
-def correctness() -> Iterator[Row]:
-    """Hold the kernels against float64."""
-    lengths = (5,) if SMOKE else (1, 63, 257, 785)
-    for type_name, dtype in TYPES.items():
-        for dim in (4, 96) if SMOKE else (4, 48, 96, 192, 384):
-            for index, tokens in enumerate(lengths):
-                inputs, options = mlstm_inputs(2, tokens, 2, dim, dtype), {"reverse": bool((index + dim // 4) % 2)}
-                if index % 2:
-                    inputs |= {"C0": noise(2, 2, dim, dim, seed=7), "n0": noise(2, 2, dim, seed=8)}
-                    options["m0"] = noise(2, 2, seed=9)
-                case = f"mlstm {type_name} D={dim} S={tokens} {'reverse' if options['reverse'] else 'forward'}"
-                yield judge({"case": case} | compare(mlstm, inputs, **options), type_name)
-        for states in (4,) if SMOKE else (1, 16, 17, 64):
-            for index, tokens in enumerate(lengths):
-                inputs = scan_inputs(2, tokens, 6 if SMOKE else 200, states, dtype)
-                if index % 2:
-                    inputs["initial_state"] = noise(2, inputs["A"].shape[0], states, seed=7)
-                reverse = bool((index + states) % 2)
-                case = f"scan {type_name} N={states} S={tokens} {'reverse' if reverse else 'forward'}"
-                row = {"case": case} | compare(selective_scan, inputs, delta_softplus=True, reverse=reverse)
-                yield judge(row, type_name)
-    if not SMOKE:
-        yield from special_cases()
-
-
-def judge(row: Row, type_name: str) -> Row:
-    """Say whether errors are within the bounds of a type."""
     row["right"] = all(row[f"triton {k}"] <= b for k, b in zip(("output", "gradient"), BOUNDS[type_name], strict=True))
-    return row
+    yield row
 
 
-def special_cases() -> Iterator[Row]:
-    """Capture CUDA graphs, and compute more than 2^31 elements."""
-    cases = {
-        "mlstm": (mlstm, mlstm_inputs(2, 785, 4, 96, HALF), lambda n: mlstm_inputs(n, 65536, 4, 96, HALF)),
-        "scan": (selective_scan, scan_inputs(2, 785, 384, 16, HALF), lambda n: scan_inputs(n, 65536, 384, 16, HALF)),
+def correctness() -> Iterator[Case]:
+    """Hold the kernels against float64: what models use first, then other widths, lengths and states handed over."""
+    long = 5 if SMOKE else 785
+    for type_name in reversed(TYPES):
+        for place, dim in enumerate([4] if SMOKE else [96, 192, 48, 384, 4]):
+            yield mlstm_case(type_name, dim, long, reverse=bool(place % 2), states=False)
+        for place, num_states in enumerate([4] if SMOKE else [16, 1, 17, 64]):
+            yield scan_case(type_name, num_states, long, reverse=bool(place % 2), states=False)
+    for type_name in TYPES:
+        for place, tokens in enumerate([3] if SMOKE else [257, 63, 1]):
+            yield mlstm_case(type_name, 4 if SMOKE else 96, tokens, reverse=not place % 2, states=True)
+            yield scan_case(type_name, 4 if SMOKE else 16, tokens, reverse=not place % 2, states=True)
+    for name, (op, make, _) in ops().items():
+        if not SMOKE:  # no CPU's memory is for this
+            yield f"{name} of more than 2^31 elements", lambda op=op, make=make: huge(op, make)
+
+
+def mlstm_case(type_name: str, dim: int, tokens: int, *, reverse: bool, states: bool) -> Case:
+    """Compare one mLSTM."""
+
+    def measure() -> Iterator[Row]:
+        inputs, options = mlstm_inputs(2, tokens, 2, dim, TYPES[type_name]), {}
+        if states:
+            inputs |= {"C0": noise(2, 2, dim, dim, seed=7), "n0": noise(2, 2, dim, seed=8)}
+            options["m0"] = noise(2, 2, seed=9)
+        yield from compare(mlstm, inputs, type_name, reverse=reverse, **options)
+
+    return f"mlstm {type_name} D={dim} S={tokens}{' reverse' * reverse}{' states' * states}", measure
+
+
+def scan_case(type_name: str, num_states: int, tokens: int, *, reverse: bool, states: bool) -> Case:
+    """Compare one selective scan."""
+
+    def measure() -> Iterator[Row]:
+        inputs = scan_inputs(2, tokens, 6 if SMOKE else 200, num_states, TYPES[type_name])
+        if states:
+            inputs["initial_state"] = noise(2, inputs["A"].shape[0], num_states, seed=8)
+        yield from compare(selective_scan, inputs, type_name, delta_softplus=True, reverse=reverse)
+
+    return f"scan {type_name} N={num_states} S={tokens}{' reverse' * reverse}{' states' * states}", measure
+
+
+def ops() -> dict[str, tuple[Callable, Callable[[int, int], dict[str, Tensor]], tuple[int, int]]]:
+    """Each op with what makes its inputs from a batch size and a length, and a small batch and length."""
+    width, small = (8, (1, 5)) if SMOKE else (96, (2, 785))
+    return {
+        "mlstm": (mlstm, lambda batch, tokens: mlstm_inputs(batch, tokens, 4, width, HALF), small),
+        "scan": (
+            partial(selective_scan, delta_softplus=True),
+            lambda batch, tokens: scan_inputs(batch, tokens, 4 * width, 16, HALF),
+            small,
+        ),
     }
-    for name, (op, inputs, large) in cases.items():
-        for _ in range(2):
-            expected = op(**inputs)
-        torch.cuda.synchronize()
+
+
+def huge(op: Callable, make: Callable[[int, int], dict[str, Tensor]]) -> Iterator[Row]:
+    """Compute 90 x 65536 x 384 elements: the last sequence as if it were the only one."""
+    one = make(1, 65536)
+    many = {key: x.expand(90, *x.shape[1:]) if x.ndim > 2 else x for key, x in one.items()}
+    first = next(iter(many))
+    many[first] = many[first].contiguous()
+    with use_backend("triton"):
+        yield {"elements": many[first].numel(), "right": torch.equal(op(**many)[-1], op(**one)[0])}
+
+
+def graphs() -> Iterator[Case]:
+    """Capture kernels and whole models, and replay them."""
+    for name, (op, make, small) in ops().items():
+        inputs = make(*small)
+        yield f"{name}, forward", lambda op=op, x=inputs: captured(lambda: op(**x))
+        yield f"{name}, forward and backward", lambda op=op, x=inputs: captured(lambda: gradients_of(op, x))
+    for name in ("vil2_mini_patch4_32", "vim_mini_patch4_32"):
+        yield f"{name}, inference", lambda name=name: captured(model_step(name))
+
+
+def gradients_of(op: Callable, inputs: dict[str, Tensor]) -> Tensor:
+    """Return all gradients of an op in one tensor."""
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    y = op(**leaves)
+    return torch.cat([x.flatten().float() for x in torch.autograd.grad(y, list(leaves.values()), y.detach())])
+
+
+def model_step(name: str) -> Callable[[], Tensor]:
+    """Prepare inference."""
+    model = create_model(name, **({"img_size": 8, "depth": 2} if SMOKE else {})).to(DEVICE, HALF).eval()
+    side = 8 if SMOKE else 32
+    images = noise(1 if SMOKE else 32, 3, side, side, dtype=HALF)
+    return torch.no_grad()(lambda: model(images))
+
+
+def captured(step: Callable[[], Tensor]) -> Iterator[Row]:
+    """Capture a step and hold what its replay computes against what it computes by itself."""
+    with use_backend("triton"):
+        expected = step()
+        if SMOKE:
+            yield {"right": bool(expected.isfinite().all())}
+            return
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            answer = op(**inputs)
+            answer = step()
+        answer.zero_()
         graph.replay()
-        yield {"case": f"{name} in a CUDA graph", "right": torch.equal(answer, expected)}
-        one = large(1)
-        many = {key: x.expand(90, *x.shape[1:]) if x.ndim > 2 else x for key, x in one.items()}
-        last = next(iter(many))
-        many[last] = many[last].contiguous()  # 90 x 65536 x 384 elements, more than 2^31
-        right = torch.equal(op(**many)[-1], op(**one)[0])
-        yield {"case": f"{name} of {many[last].numel()} elements", "right": right}
-        del many, one
-        torch.cuda.empty_cache()
+        torch.cuda.synchronize()
+        error = relative_error(answer, expected)
+        yield {"error": error, "right": error < SAME}
 
 
-def kernels() -> Iterator[Row]:
+def kernels() -> Iterator[Case]:
     """Time the kernels at the shapes of the tiny and small models."""
-    peaks = measure_peaks(DEVICE, ["bfloat16", "float32"], repeats=1 if SMOKE else 7)
-    rates, bandwidth = peaks["flops_per_second"], peaks["bytes_per_second"]
-    yield {"case": "measured peaks", "GB/s": bandwidth / 1e9} | {f"{n} TFLOP/s": r / 1e12 for n, r in rates.items()}
-    batch, num_states = (1, 4) if SMOKE else (32, 16)
-    for width in (64,) if SMOKE else (384, 768):
-        for tokens in (20,) if SMOKE else (784, 6084, 16384):
-            elements = batch * tokens * width
-            # The least that has to move: forward three inputs and the result, backward three gradients more and that
-            # of the result; gates, B and C are small. The least to compute: the recurrence itself; twice it backward.
-            moved = {"forward": 2 * 4 * elements, "forward and backward": 2 * (4 + 8) * elements}
-            computed = 4 * elements * (width // 4) / rates["bfloat16"]
-            contestants: dict[str, Contestant] = {"ours": (mlstm, mlstm_inputs(batch, tokens, 4, width // 4, HALF))}
-            contestants |= attention(contestants["ours"][1]) | mlstm_peers(contestants["ours"][1])
-            yield from race(f"mlstm, D = {width // 4}, S = {tokens}", contestants, moved, computed, bandwidth)
-            computed = 9 * elements * num_states / rates["float32"]
-            inputs = scan_inputs(batch, tokens, width, num_states, HALF)
-            scan: dict[str, Contestant] = {"ours": (selective_scan, inputs | {"delta_softplus": True})}
-            yield from race(f"scan, E = {width}, S = {tokens}", scan, moved, computed, bandwidth)
+    peaks: dict[str, Any] = {}
+
+    def measure_machine() -> Iterator[Row]:
+        peaks.update(measure_peaks(DEVICE, ["bfloat16", "float32"], repeats=1 if SMOKE else 7))
+        rates = {f"{name} TFLOP/s": rate / 1e12 for name, rate in peaks["flops_per_second"].items()}
+        yield {"GB/s": peaks["bytes_per_second"] / 1e9} | rates
+
+    yield "measured peaks", measure_machine
+    for width in [32] if SMOKE else [384, 768]:
+        for tokens in [5] if SMOKE else [784, 6084, 16384]:
+            yield f"mlstm, D = {width // 4}, S = {tokens}", lambda w=width, t=tokens: race_mlstm(w, t, peaks)
+            yield f"scan, E = {width}, S = {tokens}", lambda w=width, t=tokens: race_scan(w, t, peaks)
+
+
+def race_mlstm(width: int, tokens: int, peaks: dict[str, Any]) -> Iterator[Row]:
+    """Time the mLSTM with four heads."""
+    inputs = mlstm_inputs(BATCH, tokens, 4, width // 4, HALF)
+    contestants: dict[str, Contestant] = {"ours": (mlstm, inputs)} | attention(inputs) | mlstm_peers(inputs)
+    elements = BATCH * tokens * width
+    # The least to compute: the recurrence itself. The least to move: forward three inputs and the result, backward
+    # these and their four gradients; gates are small.
+    seconds = 4 * elements * (width // 4) / peaks["flops_per_second"]["bfloat16"]
+    yield from race(contestants, (8 * elements, 24 * elements), seconds, peaks["bytes_per_second"])
+
+
+def race_scan(width: int, tokens: int, peaks: dict[str, Any]) -> Iterator[Row]:
+    """Time the scan with 16 states, without a residual, as Vim's first direction has none."""
+    inputs = scan_inputs(BATCH, tokens, width, 16, HALF)
+    del inputs["residual"]
+    elements = BATCH * tokens * width
+    seconds = 9 * elements * 16 / peaks["flops_per_second"]["float32"]
+    contestants: dict[str, Contestant] = {"ours": (partial(selective_scan, delta_softplus=True), inputs)}
+    yield from race(contestants, (8 * elements, 24 * elements), seconds, peaks["bytes_per_second"])
 
 
 def attention(inputs: dict[str, Tensor]) -> dict[str, Contestant]:
@@ -185,27 +258,37 @@ def mlstm_peers(inputs: dict[str, Tensor]) -> dict[str, Contestant]:
 
 
 def race(
-    case: str, contestants: dict[str, Contestant], moved: dict[str, int], computed: float, bandwidth: float
+    contestants: dict[str, Contestant], moved: tuple[int, int], computed: float, bandwidth: float
 ) -> Iterator[Row]:
-    """Time kernels in turns and set ours against the floor; ``computed``: seconds of the forward pass's operations."""
-    for mode, traffic in moved.items():
-        row: Row = {"case": f"{case}, {mode}"}
+    """Time kernels in turns and set ours against the floor.
+
+    Args:
+        contestants: functions and their arguments.
+        moved: bytes, forward and of both passes.
+        computed: seconds of the forward pass's operations; backward takes twice as many.
+        bandwidth: bytes a second.
+    """
+    for mode, prepare, traffic, passes in (
+        ("forward", run_forward, moved[0], 1),
+        ("forward and backward", run_both, moved[1], 3),
+    ):
+        row: Row = {"mode": mode}
         steps = {}
         for name, (function, inputs) in contestants.items():
-            step = run_forward(function, inputs) if mode == "forward" else run_both(function, inputs)
+            step = prepare(function, inputs)
             try:
                 step()
-            except (RuntimeError, TypeError, ValueError, AssertionError) as error:  # a peer's limits are not ours
+            except Exception as error:  # a peer's limits are not ours
                 if name == "ours":
                     raise
-                row[f"{name} ms"] = f"cannot run: {str(error).splitlines()[0][:80]}"
+                row[f"{name} ms"] = f"cannot run: {' '.join(str(error).split())[:80]}"
                 continue
             steps[name] = step
         times = alternate(
-            steps, rounds=3 if SMOKE else 9, seconds=0 if SMOKE else 2, synchronize=lambda: synchronize(DEVICE)
+            steps, rounds=3 if SMOKE else 9, seconds=0 if SMOKE else 1, synchronize=lambda: synchronize(DEVICE)
         )
         row |= {f"{name} ms": 1e3 * spread(own).median for name, own in times.items() if own}
-        row["floor ms"] = 1e3 * max(traffic / bandwidth, computed * (1 if mode == "forward" else 3))
+        row["floor ms"] = 1e3 * max(traffic / bandwidth, passes * computed)
         yield row | {"ours / floor": row["ours ms"] / row["floor ms"]}
 
 
@@ -231,10 +314,8 @@ def run_both(function: Callable, inputs: dict[str, Any]) -> Callable[[], None]:
     return step
 
 
-def sanitizer() -> Iterator[Row]:
+def sanitizer() -> Iterator[Case]:
     """Launch each kernel a few times, small: what compute-sanitizer is to watch."""
-    for type_name, dtype in TYPES.items():
-        outcome(mlstm, mlstm_inputs(1, 20 if SMOKE else 300, 2, 48, dtype), "triton", reverse=True)
-        outcome(selective_scan, scan_inputs(1, 20 if SMOKE else 300, 40, 16, dtype), "triton", reverse=True)
-        synchronize(DEVICE)
-        yield {"case": f"launched in {type_name}", "right": True}
+    for type_name in TYPES:
+        yield mlstm_case(type_name, 8 if SMOKE else 48, 5 if SMOKE else 300, reverse=True, states=True)
+        yield scan_case(type_name, 4 if SMOKE else 16, 5 if SMOKE else 300, reverse=True, states=True)

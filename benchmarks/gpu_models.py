@@ -1,0 +1,130 @@
+"""What ``gpu_verification.py`` does with whole models: how fast they are, compiled or not, and what they learn."""
+
+import math
+from collections.abc import Iterator
+from statistics import mean
+from typing import Any
+
+import torch
+from gpu_kernels import DEVICE, SMOKE, TYPES, Case, Row
+from sklearn.datasets import load_digits
+from torch.nn.functional import cross_entropy, interpolate
+
+from linvision import create_model
+from linvision.bench.command import measure_setting
+from linvision.bench.contenders import Setting, count_flops
+from linvision.bench.machine import synchronize
+from linvision.bench.measure import alternate
+from linvision.bench.models import model_lineup
+from linvision.bench.probe import Probe, gpu_probe
+from linvision.ops import use_backend
+
+SIDE = 8 if SMOKE else 32  # of the digits, in pixels
+NAMES = ["vil2_tiny_patch16_224", "vim_tiny_patch16_224", "vil2_small_patch16_224", "vim_small_patch16_224"]
+SIZES = [224, 1248, 768, 2048, 512]  # pixels, what matters most first
+BOUND = 0.25  # between means of 25 losses, in float32 and in half precision: batches differ by as much
+STEPS = 1 if SMOKE else 300
+PRECISIONS = ["float32", "float16"] if SMOKE else ["float32", "bfloat16", "float16"]
+
+
+def models() -> Iterator[Case]:
+    """Time whole models and take their memory."""
+    for size in [32] if SMOKE else SIZES:
+        for mode in ("inference", "training"):
+            for name in ["vil2_mini_patch4_32"] if SMOKE else NAMES:
+                # Attention matrices where the papers have them; in training at 1248 they are beyond any memory.
+                explicit = size in (32, 224) or (size == 1248 and mode == "inference")
+                peers = ["fused", "explicit"] if explicit else ["fused"]
+                yield f"{name}, {size} px, {mode}", lambda n=name, s=size, m=mode, p=peers: compare(n, s, m, p)
+
+
+def compiled() -> Iterator[Case]:
+    """Do so once more for tiny models, they and their DeiT compiled."""
+    for size in [32] if SMOKE else [224, 1248]:
+        for mode in ["inference"] if SMOKE else ["inference", "training"]:
+            for name in ["vil2_mini_patch4_32"] if SMOKE else NAMES[:2]:
+                case = f"{name}, {size} px, {mode}, compiled"
+                yield case, lambda n=name, s=size, m=mode: compare(n, s, m, ["fused"], compile=True)
+
+
+def compare(name: str, size: int, mode: str, peers: list[str], *, compile: bool = False) -> Iterator[Row]:
+    """Time a model and its DeiTs in turns, in bfloat16: weights in inference, by autocast in training."""
+    torch.compiler.reset()
+    lineup = model_lineup([name], peers)
+    setting = Setting(
+        size=size,
+        batch_size=1 if SMOKE else 32,
+        dtype="bfloat16",
+        mode=mode,
+        device=DEVICE,
+        autocast=mode == "training",
+        compile=compile,
+        backend="triton" if SMOKE else "auto",
+    )
+    measured = measure_setting(
+        lineup,
+        setting,
+        probe=(lambda contender, setting: Probe("ok")) if SMOKE else gpu_probe,
+        take_times=lambda steps: alternate(
+            steps, rounds=3 if SMOKE else 7, seconds=0 if SMOKE else 2, synchronize=lambda: synchronize(DEVICE)
+        ),
+        flops={contender.label: count_flops(contender, setting) for contender in lineup.contenders},
+    )
+    for one in measured:
+        row: Row = {"contender": one.contender, "status": one.status}
+        if one.seconds is not None:
+            row["ms/image"] = 1e3 * one.seconds.median / setting.batch_size
+        if one.peak_memory is not None:
+            row["GB"] = one.peak_memory / 1e9
+        for kind, ratio in one.ratios.items():
+            row |= {f"time / {kind}": ratio.time.median} if ratio.time is not None else {}
+            row |= {f"memory / {kind}": ratio.memory} if ratio.memory is not None else {}
+        yield row
+
+
+def training() -> Iterator[Case]:
+    """Learn in several precisions and compare the losses."""
+    for name in ("vil2_mini_patch4_32", "vim_mini_patch4_32"):
+        yield name, lambda name=name: learn_in_precisions(name)
+
+
+def learn_in_precisions(name: str) -> Iterator[Row]:
+    """Hold the losses of half precision against those of float32."""
+    reference: list[float] = []
+    for precision in PRECISIONS:
+        losses = learn_digits(name, precision)
+        reference = reference or losses
+        away = [abs(mean(losses[n : n + 25]) - mean(reference[n : n + 25])) for n in range(0, len(losses), 25)]
+        yield {
+            "precision": precision,
+            "first loss": losses[0],
+            "last losses": mean(losses[-50:]),
+            "furthest from float32": max(away),
+            "right": all(map(math.isfinite, losses)) and max(away) < BOUND,
+            "losses": [round(loss, 4) for loss in losses[::10]],
+        }
+
+
+def learn_digits(name: str, precision: str) -> list[float]:
+    """Train with AdamW; float16 with loss scaling, weights always float32."""
+    torch.manual_seed(0)
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
+    images = interpolate(images, size=SIDE, mode="bilinear").expand(-1, 3, -1, -1).to(DEVICE)
+    targets = torch.tensor(labels).to(DEVICE)
+    overrides: dict[str, Any] = {"img_size": SIDE, "depth": 1} if SMOKE else {}
+    model = create_model(name, **overrides).to(DEVICE).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+    scaler = torch.amp.GradScaler(DEVICE, enabled=precision == "float16")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    batch_size, losses = 1 if SMOKE else 64, []
+    for step in range(STEPS):
+        batch = order[torch.arange(step * batch_size, (step + 1) * batch_size, device=DEVICE) % len(order)]
+        with torch.autocast(DEVICE, TYPES[precision], enabled=precision != "float32"), use_backend("triton"):
+            loss = cross_entropy(model(images[batch]).float(), targets[batch])
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.detach())
+    return torch.stack(losses).tolist()
