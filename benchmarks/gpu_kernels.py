@@ -20,7 +20,7 @@ SMOKE = interpreted()
 DEVICE = "cpu" if SMOKE else "cuda"
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Relative errors (of norms) of outputs and gradients that are allowed.
-BOUNDS = {"float32": (1e-5, 2e-4), "float16": (2e-3, 1e-2), "bfloat16": (1.2e-2, 4e-2)}
+BOUNDS = {"float32": (1e-5, 2e-4), "float16": (2e-3, 1e-2), "bfloat16": (1.2e-2, 5e-2)}
 SAME = 1e-2  # between a model and its replay, whose products in bfloat16 may be computed in another order
 HALF = torch.bfloat16
 BATCH = 1 if SMOKE else 32

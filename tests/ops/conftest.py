@@ -1,6 +1,7 @@
 """What the tests of all ops share: every backend that can run here."""
 
 import pytest
+import torch
 from hypothesis import settings
 
 from linvision.ops import use_backend
@@ -18,6 +19,21 @@ def backend(request):
         pytest.skip(f"cpp: {library.missing()}")
     with use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def nearest(monkeypatch):
+    """Let Triton's interpreter round to bfloat16 as GPUs do, to the nearest number; by itself it cuts off."""
+    tl, interpreter = pytest.importorskip("triton.language"), pytest.importorskip("triton.runtime.interpreter")
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def rounded(self, source, target):
+        if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, source, target)
+        bits = torch.tensor(source.data).bfloat16().view(torch.int16).numpy()
+        return interpreter.TensorHandle(bits.view("uint16"), tl.bfloat16)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", rounded)
 
 
 @pytest.fixture(params=range(len(library.LEVELS)), ids=library.LEVELS)

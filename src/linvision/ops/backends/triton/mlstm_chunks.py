@@ -7,8 +7,8 @@ w_ts = exp(a_s - M_t), and sums over the tokens s <= t of t's chunk beside the s
     dq_t       = sum_s w_ts (dh_t . v_s / norm_t + d_norm_t) k_s + decay_in_t (dh_t C / norm_t + d_norm_t n)
 
 so that h and dq are one formula; dv and dk are the other one, with the gradients of the state after the chunk. Scores
-are float32; they are rounded to the operands' type only to enter the second product. Head widths are cut into blocks
-with masks.
+are float32; they are rounded to the operands' type only to enter the second product, alike in both kernels: the forget
+gates' gradients are sums of q . dq - k . dk, where roundings cancel if they are the same, and else pile up.
 """
 
 import triton
@@ -125,13 +125,15 @@ def queries_kernel(
         scores = _products(
             x, y, first, token, s_token, x_token, y_token, valid, s_valid, WIDTH, BLOCK, TOKENS, PRECISION
         )
-        weight = scale * tl.exp2(tl.load(keys + padded + s)[None, :] - query[:, None])
+        weight = tl.exp2(tl.load(keys + padded + s)[None, :] - query[:, None])
         if BACKWARD:
             scores = scores * inverse[:, None] + d_norms[:, None]
         scores = tl.where(s[None, :] <= position[:, None], scores * weight, 0.0)
         norm += tl.sum(scores, 1)
         z_block = _rows(z, s_token, z_token, s_valid, column, WIDTH)
         sums = dot(scores.to(OPERAND), z_block.to(OPERAND), sums, PRECISION)
+    sums *= scale
+    norm *= scale
     if START or chunk > 0:
         slot = chunk * num_all_heads + head
         state, vector = states + slot * WIDTH * WIDTH, vectors + slot * WIDTH
