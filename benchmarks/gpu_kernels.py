@@ -1,9 +1,9 @@
 """What ``gpu_verification.py`` does with single kernels: whether they are right, and how fast they are."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -57,19 +57,22 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)).item()
 
 
-def outcome(op: Callable, inputs: dict[str, Tensor], backend: str, **options: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """Return everything that an op answers, and the gradients of a loss that takes in all of it."""
+def outcome(
+    op: Callable, inputs: dict[str, Tensor], backend: str, *, states: bool, **options: Any
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return what an op answers, states too if asked for, and the gradients of a loss that takes in all of it."""
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
     arguments = dict(leaves)
     if "C0" in arguments:
         arguments["initial_state"] = MLSTMState(arguments.pop("C0"), arguments.pop("n0"), options.pop("m0"))
     with use_backend(backend):
-        y, state = op(**arguments, return_state=True, **options)
+        answer = op(**arguments, return_state=states, **options)
+        y, state = answer if states else (answer, [])
         weight = torch.linspace(-1, 1, y.numel(), device=y.device, dtype=torch.float64).view_as(y)
-        states = [state] if isinstance(state, Tensor) else list(state[:2])
-        loss = (y.double() * weight).sum() + sum(x.double().square().mean() for x in states)
+        final = [state] if isinstance(state, Tensor) else list(state[:2])
+        loss = (y.double() * weight).sum() + sum(x.double().square().mean() for x in final)
         gradients = torch.autograd.grad(loss, list(leaves.values()))
-    return [y, *states], list(gradients)
+    return [y, *final], list(gradients)
 
 
 def compare(op: Callable, inputs: dict[str, Tensor], type_name: str, **options: Any) -> Iterator[Row]:
@@ -110,7 +113,7 @@ def mlstm_case(type_name: str, dim: int, tokens: int, *, reverse: bool, states: 
         if states:
             inputs |= {"C0": noise(2, 2, dim, dim, seed=7), "n0": noise(2, 2, dim, seed=8)}
             options["m0"] = noise(2, 2, seed=9)
-        yield from compare(mlstm, inputs, type_name, reverse=reverse, **options)
+        yield from compare(mlstm, inputs, type_name, states=states, reverse=reverse, **options)
 
     return f"mlstm {type_name} D={dim} S={tokens}{' reverse' * reverse}{' states' * states}", measure
 
@@ -122,7 +125,8 @@ def scan_case(type_name: str, num_states: int, tokens: int, *, reverse: bool, st
         inputs = scan_inputs(2, tokens, 6 if SMOKE else 200, num_states, TYPES[type_name])
         if states:
             inputs["initial_state"] = noise(2, inputs["A"].shape[0], num_states, seed=8)
-        yield from compare(selective_scan, inputs, type_name, delta_softplus=True, reverse=reverse)
+        options = {"states": states, "delta_softplus": True, "reverse": reverse}
+        yield from compare(selective_scan, inputs, type_name, **options)
 
     return f"scan {type_name} N={num_states} S={tokens}{' reverse' * reverse}{' states' * states}", measure
 
@@ -242,18 +246,16 @@ def attention(inputs: dict[str, Tensor]) -> dict[str, Contestant]:
 
 
 def mlstm_peers(inputs: dict[str, Tensor]) -> dict[str, Contestant]:
-    """Find the published kernels that are installed: for measuring only."""
+    """Find the published kernels that are installed, and work there: for measuring only."""
     peers: dict[str, Contestant] = {}
-    heads_first = {name: x.transpose(1, 2).contiguous() for name, x in inputs.items()}
-    if find_spec("mlstm_kernels"):
-        function = getattr(import_module("mlstm_kernels.torch.chunkwise"), "mlstm_chunkwise__xl_chunk", None)
-        if function is not None:
-            peers["mlstm_kernels"] = (function, heads_first)
-    if find_spec("fla"):  # its gated linear attention: the mLSTM without input gate, normaliser and stabiliser
-        function = getattr(import_module("fla.ops.simple_gla"), "chunk_simple_gla", None)
-        if function is not None:
-            gates = logsigmoid(inputs["f"])
-            peers["fla simple_gla"] = (lambda **x: function(**x)[0], {n: inputs[n] for n in "qkv"} | {"g": gates})
+    with suppress(ImportError, AttributeError, RuntimeError):
+        function = import_module("mlstm_kernels.torch.chunkwise").mlstm_chunkwise__xl_chunk
+        peers["mlstm_kernels"] = (function, {name: x.transpose(1, 2).contiguous() for name, x in inputs.items()})
+    with suppress(ImportError, AttributeError, RuntimeError):
+        # Its gated linear attention: the mLSTM without input gate, normaliser and stabiliser.
+        linear = import_module("fla.ops.simple_gla").chunk_simple_gla
+        gates = logsigmoid(inputs["f"])
+        peers["fla simple_gla"] = (lambda **x: linear(**x)[0], {n: inputs[n] for n in "qkv"} | {"g": gates})
     return peers
 
 

@@ -37,61 +37,82 @@ def random_state(head_dim: int, *, num_heads: int = 2) -> MLSTMState:
     return MLSTMState(C, n, torch.randn(1, num_heads, generator=generator, dtype=torch.float64))
 
 
-def outcome(form, inputs: list[Tensor], state: MLSTMState | None, **options) -> tuple[dict[str, Tensor], dict]:
+def outcome(
+    form, inputs: list[Tensor], state: MLSTMState | None, *, state_out: bool, **options
+) -> tuple[dict[str, Tensor], dict]:
     """Return what an mLSTM answers, and the gradients of a loss that takes in all of it."""
     leaves = {name: x.detach().clone().requires_grad_() for name, x in zip("qkvif", inputs, strict=True)}
     if state is not None:
         leaves |= {"C": state.C.clone().requires_grad_(), "n": state.n.clone().requires_grad_()}
         options["initial_state"] = MLSTMState(leaves["C"], leaves["n"], state.m)
-    h, final = form(*(leaves[name] for name in "qkvif"), return_state=True, **options)
+    answer = form(*(leaves[name] for name in "qkvif"), return_state=state_out, **options)
+    h, final = answer if state_out else (answer, None)
     weight = torch.linspace(-1, 1, h.numel(), dtype=torch.float64, device=h.device).view_as(h)
-    loss = (h.double() * weight).sum() + final.C.double().sum() + final.n.double().square().sum()
+    loss = (h.double() * weight).sum()
+    if final is not None:
+        loss = loss + final.C.double().sum() + final.n.double().square().sum()
     gradients = torch.autograd.grad(loss, list(leaves.values()))
-    return {"h": h} | final._asdict(), dict(zip(leaves, gradients, strict=True))
+    return {"h": h} | (final._asdict() if final else {}), dict(zip(leaves, gradients, strict=True))
 
 
-def assert_kernels_agree(inputs: list[Tensor], state: MLSTMState | None = None, *, reverse: bool = False) -> None:
-    dtype = inputs[0].dtype
+def assert_kernels_agree(
+    inputs: list[Tensor],
+    state: MLSTMState | None = None,
+    *,
+    state_out: bool = False,
+    reverse: bool = False,
+    allowance: float = 1,
+) -> None:
+    dtype, options = inputs[0].dtype, {"state_out": state_out, "reverse": reverse}
     inputs = [*inputs[:3], *(x.float() for x in inputs[3:])]
     exact = None if state is None else MLSTMState(*(x.double() for x in state))
-    expected = outcome(mlstm_recurrent, [x.double() for x in inputs], exact, reverse=reverse)
+    expected = outcome(mlstm_recurrent, [x.double() for x in inputs], exact, **options)
     rounded = None if state is None else MLSTMState(*(x.float().to(DEVICE) for x in state))
     with use_backend("triton"):
-        ours = outcome(mlstm, [x.to(DEVICE) for x in inputs], rounded, reverse=reverse)
+        ours = outcome(mlstm, [x.to(DEVICE) for x in inputs], rounded, **options)
     for actual, exact_one, bound in zip(ours, expected, BOUNDS[dtype], strict=True):
         for name, x in exact_one.items():
-            assert goldens.relative_error(actual[name].cpu(), x) <= bound, name
+            assert goldens.relative_error(actual[name].cpu(), x) <= allowance * bound, name
     assert ours[0]["h"].dtype == dtype
-    assert {x.dtype for name, x in ours[0].items() if name != "h"} == {torch.float32}
+    assert {x.dtype for name, x in ours[0].items() if name != "h"} <= {torch.float32}
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "head_dim", "reverse", "with_state"),
+    ("num_tokens", "head_dim", "reverse", "state_in", "state_out"),
     [
-        (1, 4, False, True),
-        (5, 4, True, False),
-        (70, 8, False, False),
-        (70, 8, True, True),
-        (65, 48, False, True),
-        (65, 48, True, False),
-        (33, 96, True, True),
-        (35, 192, False, True),
-        (17, 192, True, False),
-        (33, 384, True, True),
+        (1, 4, False, True, True),
+        (5, 4, True, False, False),
+        (70, 8, False, False, False),
+        (70, 8, True, True, True),
+        (70, 8, False, True, False),
+        (65, 48, False, False, True),
+        (65, 48, True, False, False),
+        (33, 96, True, True, True),
+        (67, 96, False, False, False),
+        (35, 192, False, True, True),
+        (17, 192, True, False, False),
+        (35, 192, True, False, False),
+        (33, 384, True, True, True),
+        (33, 384, False, False, False),
     ],
 )
-def test_kernels_agree_with_the_definition(num_tokens, head_dim, reverse, with_state):
+def test_kernels_agree_with_the_definition(num_tokens, head_dim, reverse, state_in, state_out):
     num_heads = 2 if head_dim < 96 else 1
     inputs = random_inputs(num_tokens, head_dim, batch=1, num_heads=num_heads, dtype=torch.float32)
-    state = random_state(head_dim, num_heads=num_heads) if with_state else None
-    assert_kernels_agree(inputs, state, reverse=reverse)
+    state = random_state(head_dim, num_heads=num_heads) if state_in else None
+    assert_kernels_agree(inputs, state, state_out=state_out, reverse=reverse)
 
 
-@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 48), (torch.float16, 48), (torch.bfloat16, 192)])
-@pytest.mark.parametrize("reverse", [False, True])
-def test_half_precision(dtype, head_dim, reverse):
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"),
+    [(torch.float16, 48), *((torch.bfloat16, head_dim) for head_dim in (48, 96, 192, 384))],
+)
+@pytest.mark.parametrize("states", [False, True])
+def test_half_precision(dtype, head_dim, states):
     inputs = random_inputs(37, head_dim, batch=1, num_heads=1, dtype=dtype)
-    assert_kernels_agree(inputs, random_state(head_dim, num_heads=1), reverse=reverse)
+    state = random_state(head_dim, num_heads=1) if states else None
+    # Chunks of 32 tokens hand over rounded states more often than models do.
+    assert_kernels_agree(inputs, state, state_out=states, reverse=states, allowance=3)
 
 
 @pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 96), (torch.float32, 96), (torch.float16, 192)])
@@ -107,7 +128,9 @@ def test_tiles_as_models_use_them(dtype, head_dim):
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.usefixtures("own_tiles")
 def test_long_sequences(dtype, head_dim, reverse):
-    assert_kernels_agree(random_inputs(785, head_dim, batch=1, dtype=dtype), random_state(head_dim), reverse=reverse)
+    assert_kernels_agree(
+        random_inputs(785, head_dim, batch=1, dtype=dtype), random_state(head_dim), state_out=True, reverse=reverse
+    )
 
 
 @pytest.mark.usefixtures("own_tiles")
