@@ -3,10 +3,6 @@
 
 #pragma once
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-
 #include "channels.h"
 
 namespace linvision {

@@ -9,6 +9,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 namespace linvision {
 namespace LINVISION_ISA {
 
@@ -49,10 +53,15 @@ LINVISION_INLINE Vec load(const BFloat16* p) {
 
 // Rounds to the nearest, ties to even; a NaN stays one.
 LINVISION_INLINE void store(BFloat16* p, Vec x) {
+#if defined(__AVX512BF16__)
+  const __m256bh half = _mm512_cvtneps_pbh((__m512)x);
+  memcpy(p, &half, sizeof half);
+#else
   const IntVec bits = bits_of(x);
   const IntVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const IntVec chosen = (x == x) ? rounded : IntVec{} + 0x7fc0;
   *reinterpret_cast<UnalignedHalfVec*>(p) = __builtin_convertvector(chosen, HalfVec);
+#endif
 }
 
 LINVISION_INLINE float to_float(float x) { return x; }
