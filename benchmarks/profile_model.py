@@ -38,18 +38,17 @@ def main() -> None:
     dtype = getattr(torch, options.dtype)
     peak = measure_peaks("cpu", [options.dtype])["flops_per_second"][options.dtype]
     overrides = size_overrides(options.model, options.size)
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        linvision.create_model(options.model, **overrides)(torch.empty(options.batch, 3, options.size, options.size))
-    flops = Counter({operator_name(op): count for op, count in counter.get_flop_counts()["Global"].items()})
-
     model = linvision.create_model(options.model, **overrides).eval().to(dtype)
     image = torch.randn(options.batch, 3, options.size, options.size).to(dtype)
     with torch.inference_mode(), use_backend(options.backend):
+        with FlopCounterMode(display=False) as counter:
+            model(image)
         for _ in range(3):
             model(image)
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             for _ in range(options.passes):
                 model(image)
+    flops = Counter({operator_name(op): count for op, count in counter.get_flop_counts()["Global"].items()})
     times, calls = Counter(), Counter()
     for event in profiled.key_averages():
         times[event.key] += event.self_cpu_time_total / options.passes / 1000

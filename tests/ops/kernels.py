@@ -21,6 +21,12 @@ BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
+def able(backend: str, dtype: torch.dtype) -> str:
+    """Name a backend for matrix products of a type: not every CPU multiplies bfloat16, and then plain PyTorch does."""
+    lacking = dtype == torch.bfloat16 and cpp.level() != "avx512_bf16"
+    return "plain" if backend == "cpp" and lacking else backend
+
+
 @contextmanager
 def settings(level: int | None = None, threads: int | None = None) -> Iterator[None]:
     """Run kernels for an older CPU, or on so many threads, as long as the context lasts."""

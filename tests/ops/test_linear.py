@@ -1,5 +1,7 @@
 """Linear layers and MLPs with norm and residual: kernels against float64, when they run, and how torch sees them."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,21 +32,31 @@ def double(parameters):
     )
 
 
-def assert_linear(rows, inputs, outputs, *, dtype=torch.float32, norm=True, residual=True, bias=True, bound=None):
+def assert_close(y, expected):
+    """Bound the error over all, and each element's beside the largest."""
+    bound = kernels.BOUND[y.dtype]
+    assert y.shape == expected.shape
+    assert relative_error(y, expected, expected.norm().clamp_min(1e-30)) <= bound
+    if y.numel():
+        assert (y.double() - expected).abs().max() <= 2 * bound * expected.abs().max().clamp_min(1)
+
+
+def assert_linear(rows, inputs, outputs, *, dtype=torch.float32, norm=True, gate=True, residual=True, bias=True):
     generator = torch.Generator().manual_seed(1000 * rows + inputs)
     x = torch.randn(rows, inputs, generator=generator).to(dtype)
     layer = random_layer(generator, inputs, outputs, dtype, bias=bias)
     norms = random_norm(generator, inputs, bias=bias) if norm else None
+    gates = torch.randn(rows, inputs, generator=generator).to(dtype) if gate else None
     added = torch.randn(rows, outputs, generator=generator).to(dtype) if residual else None
-    y = linear(x, layer, norm=norms, residual=added)
+    y = linear(x, layer, norm=norms, gate=gates, residual=added)
     z = x.double() if norms is None else F.layer_norm(x.double(), (inputs,), *double(norms))
+    z = z if gates is None else z * F.silu(gates.double())
     expected = F.linear(z, *double(layer)) + (0 if added is None else added.double())
     assert y.dtype == dtype
-    assert y.shape == expected.shape
-    assert relative_error(y, expected, expected.norm().clamp_min(1e-30)) <= (bound or kernels.BOUND[dtype])
+    assert_close(y, expected)
 
 
-def assert_mlp(rows, inputs, hidden, outputs, *, dtype=torch.float32, norm=True, residual=True, bound=None):
+def assert_mlp(rows, inputs, hidden, outputs, *, dtype=torch.float32, norm=True, residual=True):
     generator = torch.Generator().manual_seed(1000 * rows + inputs)
     x = torch.randn(rows, inputs, generator=generator).to(dtype)
     first, second = (random_layer(generator, *size, dtype) for size in ((inputs, hidden), (hidden, outputs)))
@@ -55,7 +67,7 @@ def assert_mlp(rows, inputs, hidden, outputs, *, dtype=torch.float32, norm=True,
     z = F.linear(F.gelu(F.linear(z, *double(first))), *double(second))
     expected = z + (0 if added is None else added.double())
     assert y.dtype == dtype
-    assert relative_error(y, expected, expected.norm().clamp_min(1e-30)) <= (bound or kernels.BOUND[dtype])
+    assert_close(y, expected)
 
 
 # Rows and columns around the tiles and panels of every instruction set, and none at all.
@@ -67,14 +79,9 @@ SIZES = [(1, 2, 1), (5, 12, 7), (9, 16, 48), (28, 30, 49), (131, 96, 50), (217, 
 @pytest.mark.parametrize("size", SIZES)
 @torch.no_grad()
 def test_linear_matches_float64(size, dtype, backend):
-    with use_backend("auto" if dtype == torch.bfloat16 else backend):  # not every CPU multiplies bfloat16
-        for norm, residual, bias in (
-            (False, False, False),
-            (True, False, True),
-            (False, True, True),
-            (True, True, False),
-        ):
-            assert_linear(*size, dtype=dtype, norm=norm, residual=residual, bias=bias)
+    with use_backend(kernels.able(backend, dtype)):
+        for norm, gate, residual, bias in itertools.product((False, True), repeat=4):
+            assert_linear(*size, dtype=dtype, norm=norm, gate=gate, residual=residual, bias=bias)
 
 
 @pytest.mark.parametrize("backend", kernels.BACKENDS)
@@ -92,9 +99,11 @@ def test_mlp_matches_float64(size, dtype, backend):
 @pytest.mark.parametrize("level", kernels.LEVELS)
 @torch.no_grad()
 def test_every_instruction_set_and_thread_number(level, threads):
-    with kernels.settings(level, threads), use_backend("cpp"):
-        assert_linear(61, 70, 201)
-        assert_mlp(61, 70, 280, 70)
+    with kernels.settings(level, threads):
+        for dtype in (torch.float32, torch.bfloat16):
+            with use_backend(kernels.able("cpp", dtype)):
+                assert_linear(61, 70, 201, dtype=dtype)
+                assert_mlp(61, 70, 280, 70, dtype=dtype)
 
 
 @kernels.needs_kernels
@@ -122,9 +131,9 @@ def test_gelu_over_its_whole_range(backend):
 def test_views_are_read_where_they_lie(backend):
     generator = torch.Generator().manual_seed(0)
     layer, norm = random_layer(generator, 8, 12, torch.float32), random_norm(generator, 8)
-    wide = torch.randn(2, 5, 24)
+    wide = torch.randn(2, 5, 24, generator=generator)
     for x in (wide[..., 8:16], wide[..., ::3], wide[:, ::2, :8], wide[:1, :, :8].expand(3, -1, -1), wide.mT[:, :8].mT):
-        residual = torch.randn(12, *x.shape[:-1]).movedim(0, -1)
+        residual = torch.randn(12, *x.shape[:-1], generator=generator).movedim(0, -1)
         with use_backend(backend):
             expected = linear(x.contiguous(), layer, norm=norm, residual=residual.contiguous())
             torch.testing.assert_close(linear(x, layer, norm=norm, residual=residual), expected)
@@ -163,6 +172,13 @@ def test_gradients():
     assert torch.autograd.gradcheck(function, leaves)
 
 
+def test_forward_mode_derivatives():
+    generator = torch.Generator().manual_seed(0)
+    x, layer = torch.randn(4, generator=generator), random_layer(generator, 4, 6, torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.func.jacfwd(lambda x: linear(x, layer))(x), layer.weight)
+
+
 @kernels.needs_kernels
 @torch.no_grad()
 def test_operations_are_counted():
@@ -182,7 +198,7 @@ def test_torch_accepts_the_operators():
     first, second = random_layer(generator, 4, 6, torch.float32), random_layer(generator, 6, 4, torch.float32)
     norm = random_norm(generator, 4)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.linvision.linear, (x, *first, *norm, None), test_utils=checks)
+    torch.library.opcheck(torch.ops.linvision.linear, (x, *first, *norm, x, None), test_utils=checks)
     torch.library.opcheck(torch.ops.linvision.mlp, (x, *first, *second, *norm, residual), test_utils=checks)
 
 
@@ -191,8 +207,16 @@ def test_compile_fuses_the_plain_expression():
     generator = torch.Generator().manual_seed(0)
     x, layer, norm = torch.randn(3, 4), random_layer(generator, 4, 4, torch.float32), random_norm(generator, 4)
     torch._dynamo.reset()
-    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph.code)
+        return graph
+
+    compiled = torch.compile(linear, fullgraph=True, backend=keep)
     torch.testing.assert_close(compiled(x, layer, norm=norm, residual=x), linear(x, layer, norm=norm, residual=x))
+    assert len(graphs) == 1
+    assert "linvision" not in graphs[0]
 
 
 @pytest.mark.parametrize(
@@ -206,6 +230,8 @@ def test_compile_fuses_the_plain_expression():
         ({"layer": Linear(torch.zeros(6, 4), torch.zeros(6, device="meta"))}, "x's device"),
         ({"layer": Linear(torch.zeros(6, 4), torch.zeros(6, dtype=torch.int32))}, "floating-point"),
         ({"norm": LayerNorm(torch.zeros(5))}, "must have shape"),
+        ({"norm": LayerNorm(None)}, "without a weight"),
+        ({"gate": torch.zeros(3, 6)}, "gate must have shape"),
         ({"residual": torch.zeros(3, 5)}, "residual must have shape"),
         ({"residual": torch.zeros(3, 6).double()}, "residual must have shape"),
     ],

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from linvision.ops import use_backend
+from linvision.ops.backends.cpp import window_attention as cpp_window_attention
 from linvision.ops.linear import LayerNorm, Linear
 from linvision.ops.window_attention import window_attention
 from tests.goldens import relative_error
@@ -58,9 +59,10 @@ def assert_matches(size, num_heads, window_size, dtype=torch.float32):
     y = attend(inputs, num_heads, window_size)
     assert y.dtype == dtype
     assert relative_error(y, expected, expected.norm().clamp_min(1e-30)) <= kernels.BOUND[dtype]
+    assert (y.double() - expected).abs().max() <= 2 * kernels.BOUND[dtype] * expected.abs().max()
 
 
-# (batch, rows, columns, channels), heads, window; the last window is too large for the kernels.
+# (batch, rows, columns, channels), heads, window.
 CASES = [
     ((2, 7, 7, 32), 1, 7),
     ((1, 14, 9, 24), 3, 7),
@@ -77,7 +79,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_definition(case, dtype, backend):
-    with use_backend("auto" if dtype == torch.bfloat16 else backend):  # not every CPU multiplies bfloat16
+    with use_backend(kernels.able(backend, dtype)):
         assert_matches(*case, dtype)
 
 
@@ -86,8 +88,10 @@ def test_definition(case, dtype, backend):
 @pytest.mark.parametrize("level", kernels.LEVELS)
 @torch.no_grad()
 def test_every_instruction_set_and_thread_number(level, threads):
-    with kernels.settings(level, threads), use_backend("cpp"):
-        assert_matches((2, 16, 13, 42), 3, 7)
+    with kernels.settings(level, threads):
+        for dtype in (torch.float32, torch.bfloat16):
+            with use_backend(kernels.able("cpp", dtype)):
+                assert_matches((2, 16, 13, 42), 3, 7, dtype)
 
 
 @kernels.needs_kernels
@@ -120,7 +124,7 @@ def test_large_scores_and_nan(backend):
 @torch.no_grad()
 def test_views_are_read_where_they_lie(backend):
     x, *layers = random_inputs(2, 9, 8, 16)
-    wide = torch.randn(2, 9, 16, 32)
+    wide = torch.randn(2, 9, 16, 32, generator=torch.Generator().manual_seed(0))
     for view in (
         x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
         wide[:, :, ::2, 16:],
@@ -128,6 +132,33 @@ def test_views_are_read_where_they_lie(backend):
     ):
         with use_backend(backend):
             torch.testing.assert_close(attend((view, *layers), 2, 7), attend((view.contiguous(), *layers), 2, 7))
+
+
+def test_gradients():
+    x, qkv, proj, norm = random_inputs(1, 3, 4, 4)
+    leaves = [tensor.double().requires_grad_() for tensor in (x, *qkv, *proj, *norm[:2])]
+
+    def function(x, w1, b1, w2, b2, weight, bias):
+        return attend((x, Linear(w1, b1), Linear(w2, b2), LayerNorm(weight, bias)), 2, 2)
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+@kernels.needs_kernels
+@torch.no_grad()
+def test_kernels_run_in_inference_only(monkeypatch):
+    calls = []
+    monkeypatch.setattr(cpp_window_attention, "call", lambda name, arguments: calls.append(name))
+    inputs = random_inputs(1, 3, 4, 4)
+    with torch.enable_grad():
+        attend(inputs, 2, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        attend(inputs, 2, 2)
+    torch._dynamo.reset()
+    torch.compile(attend, fullgraph=True, backend="eager")(inputs, 2, 2)
+    assert not calls
+    attend(inputs, 2, 2)
+    assert calls == ["linvision_window_attention_forward"]
 
 
 @kernels.needs_kernels

@@ -1,6 +1,8 @@
 """When ops may read the parameters of standard layers instead of calling the layers, and how."""
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from linvision.ops.linear import LayerNorm, Linear, linear
 
@@ -8,21 +10,37 @@ STANDARD = (nn.Linear, nn.LayerNorm, nn.GELU)
 
 
 def fusible(*layers: nn.Module, own: tuple[type[nn.Module], ...] = ()) -> bool:
-    """Say whether these layers, in evaluation mode, do what their parameters say and nothing beside it.
+    """Say whether an op may stand for these layers: in evaluation mode, and ``unchanged``.
 
-    ``own`` are layer classes of the caller's that may be among them.
+    ``own`` are classes of the caller's that may be among them.
     """
     return not any(layer.training for layer in layers) and unchanged(*layers, own=own)
 
 
 def unchanged(*layers: nn.Module, own: tuple[type[nn.Module], ...] = ()) -> bool:
-    """Say whether nobody has hooked one of these layers, or put an adapter or a quantised layer in its place."""
-    return not any(
-        type(layer) not in (*STANDARD, *own) or layer._forward_hooks or layer._forward_pre_hooks for layer in layers
+    """Say whether these layers do what their parameters say: of a standard class, without hooks or wrapped tensors.
+
+    Adapters, quantised, pruned, parametrised and offloaded layers are not, and must be called.
+    """
+    return all(type(layer) in (*STANDARD, *own) for layer in layers) and (
+        torch.compiler.is_compiling() or not (_has_any_global_hook() or any(map(_is_changed, layers)))
     )
 
 
-def apply(layer: nn.Linear, x: Tensor) -> Tensor:
+def _is_changed(layer: nn.Module) -> bool:
+    return bool(
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or "forward" in vars(layer)
+        or any(type(parameter) not in (nn.Parameter, Tensor) for parameter in layer.parameters(recurse=False))
+        or (isinstance(layer, nn.GELU) and layer.approximate != "none")
+        or (isinstance(layer, nn.LayerNorm) and layer.weight is None)
+    )
+
+
+def call_linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """Call a linear layer, or the op that stands for it."""
     return linear(x, linear_of(layer)) if unchanged(layer) else layer(x)
 

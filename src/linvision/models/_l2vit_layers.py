@@ -9,13 +9,13 @@ from collections import OrderedDict
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from linvision.models._fusion import fusible, layer_norm_of, linear_of
 from linvision.ops.convolution import depthwise_conv2d
-from linvision.ops.linear import linear, mlp
+from linvision.ops.linear import linear
+from linvision.ops.linear import mlp as ops_mlp
 from linvision.ops.linear_attention import linear_attention
-from linvision.ops.window_attention import attend_in_windows, window_attention
+from linvision.ops.window_attention import attend_in_windows, pad_to_multiple, window_attention
 
 
 def as_image(x: Tensor) -> Tensor:
@@ -26,12 +26,6 @@ def as_image(x: Tensor) -> Tensor:
 def as_map(x: Tensor) -> Tensor:
     """Return (B, C, H, W) as a dense (B, H, W, C); a view where x has the channels-last layout."""
     return x.permute(0, 2, 3, 1).contiguous()
-
-
-def pad_to_multiple(x: Tensor, divisor: int) -> Tensor:
-    """Pad (B, H, W, C) with zeros at the right and the bottom until ``divisor`` divides H and W."""
-    below, right = ((divisor - side % divisor) % divisor for side in x.shape[1:3])
-    return pad(x, (0, 0, 0, right, 0, below)) if right or below else x
 
 
 def add(x: Tensor, update: Tensor) -> Tensor:
@@ -77,19 +71,6 @@ class WindowAttention(nn.Module):
         """Attend within the windows of (B, H, W, C)."""
         return attend_in_windows(x, self.qkv, self.proj, num_heads=self.num_heads, window_size=self.window_size)
 
-    def add_to(self, x: Tensor, norm: nn.LayerNorm, drop_path: nn.Module) -> Tensor:
-        """Return x + drop_path(self(norm(x)))."""
-        if not fusible(norm, self.qkv, self.proj):
-            return add(x, drop_path(self(norm(x))))
-        return window_attention(
-            x,
-            linear_of(self.qkv),
-            linear_of(self.proj),
-            norm=layer_norm_of(norm),
-            num_heads=self.num_heads,
-            window_size=self.window_size,
-        )
-
 
 class LinearAttention(nn.Module):
     """Enhanced linear attention over all tokens of the map (``linvision.ops.linear_attention``)."""
@@ -103,16 +84,10 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend over all tokens of (B, H, W, C)."""
-        return self.proj(self._attend(self.qkv(x)))
+        return self.proj(self.attend(self.qkv(x)))
 
-    def add_to(self, x: Tensor, norm: nn.LayerNorm, drop_path: nn.Module) -> Tensor:
-        """Return x + drop_path(self(norm(x)))."""
-        if not fusible(norm, self.qkv, self.proj):
-            return add(x, drop_path(self(norm(x))))
-        y = self._attend(linear(x, linear_of(self.qkv), norm=layer_norm_of(norm)))
-        return linear(y, linear_of(self.proj), residual=x)
-
-    def _attend(self, qkv: Tensor) -> Tensor:
+    def attend(self, qkv: Tensor) -> Tensor:
+        """Attend with projected tokens (B, H, W, 3 C)."""
         q, k, v = qkv.flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         return linear_attention(q, k, v, self.temperature).reshape(*qkv.shape[:3], -1)
 
@@ -145,11 +120,13 @@ class Mlp(nn.Module):
         """Transform each token of (B, H, W, C)."""
         return self.fc2(self.act(self.fc1(x)))
 
-    def add_to(self, x: Tensor, norm: nn.LayerNorm, drop_path: nn.Module) -> Tensor:
-        """Return x + drop_path(self(norm(x)))."""
-        if not fusible(norm, self.fc1, self.act, self.fc2):
-            return add(x, drop_path(self(norm(x))))
-        return mlp(x, linear_of(self.fc1), linear_of(self.fc2), norm=layer_norm_of(norm), residual=x)
+
+def add_mlp(block: "LocalBlock | GlobalBlock", x: Tensor) -> Tensor:
+    """Return x + drop_path(mlp(norm2(x))) with the layers of a block."""
+    norm, mlp, drop_path = block.norm2, block.mlp, block.drop_path
+    if not fusible(norm, mlp, *mlp.children(), drop_path, own=(Mlp, DropPath)):
+        return add(x, drop_path(mlp(norm(x))))
+    return ops_mlp(x, linear_of(mlp.fc1), linear_of(mlp.fc2), norm=layer_norm_of(norm), residual=x)
 
 
 class LocalBlock(nn.Module):
@@ -166,10 +143,21 @@ class LocalBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform (B, H, W, C)."""
-        x = self.cpe[0](x)
-        x = self.attn.add_to(x, self.norm1, self.drop_path)
-        x = self.cpe[1](x)
-        return self.mlp.add_to(x, self.norm2, self.drop_path)
+        x = self._attend(self.cpe[0](x))
+        return add_mlp(self, self.cpe[1](x))
+
+    def _attend(self, x: Tensor) -> Tensor:
+        attn = self.attn
+        if not fusible(self.norm1, attn, *attn.children(), self.drop_path, own=(WindowAttention, DropPath)):
+            return add(x, self.drop_path(attn(self.norm1(x))))
+        return window_attention(
+            x,
+            linear_of(attn.qkv),
+            linear_of(attn.proj),
+            norm=layer_norm_of(self.norm1),
+            num_heads=attn.num_heads,
+            window_size=attn.window_size,
+        )
 
 
 class GlobalBlock(nn.Module):
@@ -188,10 +176,16 @@ class GlobalBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform (B, H, W, C)."""
-        x = self.cpe[0](x)
-        x = self.attn.add_to(x, self.norm1, self.drop_path)
+        x = self._attend(self.cpe[0](x))
         x = add(x, self.drop_path(self.local_mp(self.norm3(x))))
-        return self.mlp.add_to(x, self.norm2, self.drop_path)
+        return add_mlp(self, x)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        attn = self.attn
+        if not fusible(self.norm1, attn, *attn.children(), self.drop_path, own=(LinearAttention, DropPath)):
+            return add(x, self.drop_path(attn(self.norm1(x))))
+        y = attn.attend(linear(x, linear_of(attn.qkv), norm=layer_norm_of(self.norm1)))
+        return linear(y, linear_of(attn.proj), residual=x)
 
 
 class Stem(nn.Module):

@@ -128,12 +128,19 @@ class ViLLayer(nn.Module):
     def _mix(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return the mLSTM's heads (B, S, H, D) and the convolved tokens (B, S, E)."""
         c, cell = getattr(self, self.conv_name)(x, grid), self.mlstm_cell
+        if not unchanged(cell.igate, cell.fgate):
+            q, k, v = self.q_proj(c), self.k_proj(c), self.v_proj(x)
+            together = torch.cat([q, k, v], dim=-1)
+            return self._mlstm(q, k, v, cell.igate(together), cell.fgate(together)), c
         projections = (BlockDiagonal(p.weight, p.bias) for p in (self.q_proj, self.k_proj, self.v_proj))
         i, f = (Gate(gate.weight, gate.bias) for gate in (cell.igate, cell.fgate))
         q, k, v, i, f = mlstm_inputs(c, x, *projections, i=i, f=f)
         del x  # a fifth of what would be alive in the mLSTM
+        return self._mlstm(q, k, v, i, f), c
+
+    def _mlstm(self, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor) -> Tensor:
         q, k, v = (tokens.unflatten(-1, (NUM_HEADS, -1)) for tokens in (q, k, v))
-        return cast(Tensor, mlstm(q, k, v, i, f, reverse=self.reverse)), c
+        return cast(Tensor, mlstm(q, k, v, i, f, reverse=self.reverse))
 
 
 class ViLBlock(nn.Module):
@@ -147,7 +154,7 @@ class ViLBlock(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Map tokens (B, rows * columns, dim) of a grid (rows, columns)."""
-        if fusible(self.norm, own=(ResidualLayerNorm,)):
+        if fusible(self.norm, self.layer, self.drop_path, own=(ResidualLayerNorm, ViLLayer, DropPath)):
             return self.layer(x, grid, norm=self.norm.as_layer_norm(), residual=x)
         return x + self.drop_path(self.layer(self.norm(x), grid))
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from linvision.models._fusion import apply, halves_of, unchanged
+from linvision.models._fusion import call_linear, halves_of, unchanged
 from linvision.ops.convolution import causal_conv1d
 from linvision.ops.linear import Linear, linear
 from linvision.ops.selective_scan import selective_scan
@@ -117,28 +117,38 @@ class MambaMixer(nn.Module):
             y = self._scan(projected, *last, reverse=False)
             last = (self.A_b_log, self.D)
         del x
-        y = self._scan(projected, *last, reverse=self.directions != "forward", residual=y, z=project_z())
-        out = self._project_out(y)
+        reverse = self.directions != "forward"
+        if torch.is_grad_enabled() or tokens.device.type != "cpu":
+            y = self._scan(projected, *last, reverse=reverse, residual=y, z=project_z())
+            out = self._project_out(y, gate=None)
+        else:  # out_proj's kernel gates as well, and then the gate need not be alive in a scan
+            y = self._scan(projected, *last, reverse=reverse, residual=y)
+            del projected
+            out = self._project_out(y, gate=project_z())
         return out if self.gamma is None else out * self.gamma
 
     def _project_in(self, tokens: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
-        """Return x (B, S, E) and what computes the gate z, which need not be alive before the last scan."""
+        """Return x (B, S, E) and what computes the gate z when it is needed."""
         if not unchanged(self.in_proj):
             x, z = self.in_proj(tokens).chunk(2, dim=-1)
             return x, lambda: z
         x_half, z_half = halves_of(self.in_proj)
         return linear(tokens, x_half), lambda: linear(tokens, z_half)
 
-    def _project_out(self, y: Tensor) -> Tensor:
+    def _project_out(self, y: Tensor, gate: Tensor | None) -> Tensor:
+        """Map y (B, S, E), the sum of the branches, gated before or here."""
         halve = self.halve and self.directions == "v2"
         if not unchanged(self.out_proj):
+            y = y if gate is None else y * F.silu(gate)
             return self.out_proj(y / 2 if halve else y)
         # Half of the weights instead of half of the sum: fewer numbers, and exactly the same result.
-        return linear(y, Linear(self.out_proj.weight / 2 if halve else self.out_proj.weight))
+        weight = self.out_proj.weight / 2 if halve else self.out_proj.weight
+        return linear(y, Linear(weight), gate=gate)
 
     def _project(self, x: Tensor, conv: CausalConv, x_proj: nn.Linear, dt_proj: nn.Linear) -> Projected:
+        """Project what a branch scans from x (B, S, E)."""
         u = conv(x)
-        dt, B, C = apply(x_proj, u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        dt, B, C = call_linear(x_proj, u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         if not unchanged(dt_proj):
             return Projected(u, dt_proj(dt), None, B, C)
         return Projected(u, linear(dt, Linear(dt_proj.weight)), dt_proj.bias, B, C)
@@ -153,6 +163,7 @@ class MambaMixer(nn.Module):
         residual: Tensor | None = None,
         z: Tensor | None = None,
     ) -> Tensor:
+        """Scan one way; dt_proj's bias is added inside, in float32."""
         u, delta, delta_bias, B, C = projected
         A = -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
         y = selective_scan(
@@ -187,11 +198,7 @@ class MambaMixer(nn.Module):
 
 
 class VimLayer(nn.Module):
-    """Residual layer: residual = residual + drop_path(hidden); hidden = mixer(norm(residual)).
-
-    Where no gradient is recorded the sum is written into the residual that comes in, which then need not stay alive
-    beside it. ``keep_residual`` leaves it as it is.
-    """
+    """Residual layer: residual = residual + drop_path(hidden); hidden = mixer(norm(residual))."""
 
     def __init__(self, *, mixer: MambaMixer, norm: nn.Module, drop_path: float) -> None:
         super().__init__()
@@ -199,13 +206,9 @@ class VimLayer(nn.Module):
         self.mixer = mixer
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, hidden: Tensor, residual: Tensor | None, *, keep_residual: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """Map (B, S, D) hidden and residual, which is None before the first layer."""
-        hidden = self.drop_path(hidden)
-        if residual is None or keep_residual or torch.is_grad_enabled():
-            residual = add_residual(residual, hidden)
-        else:
-            residual += hidden
+        residual = add_residual(residual, self.drop_path(hidden))
         return self.mixer(self.norm(residual)), residual
 
 

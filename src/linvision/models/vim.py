@@ -183,7 +183,7 @@ class VisionMamba(Backbone):
         if self.layers_per_block == 1:
             hidden, residual = self.layers[index](hidden, residual)
             return Stream(hidden, residual, grid, order)
-        hidden_forward, residual_forward = self.layers[2 * index](hidden, residual, keep_residual=True)
+        hidden_forward, residual_forward = self.layers[2 * index](hidden, residual)
         hidden_backward, residual_backward = self.layers[2 * index + 1](hidden, residual)
         return Stream(hidden_forward + hidden_backward, residual_forward + residual_backward, grid, order)
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 BACKENDS = ("auto", "triton", "cpp", "plain")
 
@@ -84,7 +85,7 @@ class Dispatcher:
         Then an op may put its expression where it is called, for compilers to fuse with what stands around it. A
         forced backend in which the op has no body leaves the op in plain PyTorch.
         """
-        if self.inference_only and (torch.is_grad_enabled() or torch.compiler.is_compiling() or autocasts(*tensors)):
+        if self.inference_only and not _infers(*tensors):
             return True
         return _chosen not in ("auto", *self.bodies) or self.choose(*tensors) is self.bodies["plain"]
 
@@ -112,6 +113,16 @@ class Dispatcher:
         if not torch.compiler.is_compiling() and message not in self.told:
             self.told.add(message)
             _logger.warning(message)
+
+
+def _infers(*tensors: Tensor | None) -> bool:
+    """Say whether nobody follows what is computed: no gradient of either mode, no compiler, no autocast."""
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or autocasts(*tensors)
+        or any(x is not None and unpack_dual(x).tangent is not None for x in tensors)
+    )
 
 
 def autocasts(*tensors: Tensor | None) -> bool:

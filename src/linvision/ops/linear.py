@@ -1,6 +1,6 @@
-"""Linear layers of tokens together with what stands around them: layer norm before, residual sum after.
+"""Linear layers of tokens together with what stands around them: norm and gate before, residual sum after.
 
-    linear(x) = residual + W norm(x) + b
+    linear(x) = residual + W (norm(x) * SiLU(gate)) + b
     mlp(x)    = residual + W2 GELU(W1 norm(x) + b1) + b2
 
 Without gradients a CPU computes each in one pass over the tokens, whose intermediate values stay in its caches. With
@@ -33,26 +33,35 @@ class LayerNorm(NamedTuple):
     eps: float = 1e-5
 
 
-def linear(x: Tensor, layer: Linear, *, norm: LayerNorm | None = None, residual: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor,
+    layer: Linear,
+    *,
+    norm: LayerNorm | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
     """Map the last axis of x by a linear layer (first equation above).
 
     Args:
         x: tokens (..., inputs), of the weights' type but under autocast.
         layer: the linear layer.
         norm: a layer norm of x before it.
+        gate: (..., inputs), whose SiLU x is multiplied by, after the norm.
         residual: (..., outputs), added to the result.
 
     Returns:
-        (..., outputs) in x's type; kernels sum in float32.
+        (..., outputs) in x's type, under autocast in its own; kernels sum in float32.
 
     Raises:
         ValueError: where shapes, types or devices disagree.
     """
     check_layers("linear", x, [layer], norm)
-    check_residual("linear", x, layer, residual)
+    check_tokens("linear", "gate", gate, x, x.shape[-1])
+    check_tokens("linear", "residual", residual, x, len(layer.weight))
     if LINEAR.runs_plain(x, layer.weight):
-        return _plain_linear(x, layer, norm, residual)
-    return torch.ops.linvision.linear(x, *layer, *(norm or (None, None, 0.0)), residual)
+        return _plain_linear(x, layer, norm, gate, residual)
+    return torch.ops.linvision.linear(x, *layer, *(norm or (None, None, 0.0)), gate, residual)
 
 
 def mlp(
@@ -68,13 +77,13 @@ def mlp(
         residual: (..., outputs), added to the result.
 
     Returns:
-        (..., outputs) in x's type; kernels sum in float32.
+        (..., outputs) in x's type, under autocast in its own; kernels sum in float32.
 
     Raises:
         ValueError: where shapes, types or devices disagree.
     """
     check_layers("mlp", x, [first, second], norm)
-    check_residual("mlp", x, second, residual)
+    check_tokens("mlp", "residual", residual, x, len(second.weight))
     if MLP.runs_plain(x, first.weight, second.weight):
         return _plain_mlp(x, first, second, norm, residual)
     return torch.ops.linvision.mlp(x, *first, *second, *(norm or (None, None, 0.0)), residual)
@@ -85,6 +94,8 @@ def check_layers(op: str, x: Tensor, layers: list[Linear], norm: LayerNorm | Non
     width = x.shape[-1] if x.ndim else 0
     shapes: list[tuple[Tensor | None, tuple[int, ...]]] = []
     if norm is not None:
+        if norm.weight is None:
+            raise ValueError(f"{op}: a layer norm without a weight; give ones")
         shapes += [(norm.weight, (width,)), (norm.bias, (width,))]
     for weight, bias in layers:
         if weight.ndim != 2 or min(weight.shape) == 0 or weight.shape[1] != width:
@@ -107,15 +118,15 @@ def check_layers(op: str, x: Tensor, layers: list[Linear], norm: LayerNorm | Non
             )
 
 
-def check_residual(op: str, x: Tensor, layer: Linear, residual: Tensor | None) -> None:
-    """Raise ValueError unless the residual may be added to what the layer makes of x."""
-    expected = (*x.shape[:-1], len(layer.weight))
-    if residual is None or autocasts(x):
+def check_tokens(op: str, name: str, tensor: Tensor | None, x: Tensor, width: int) -> None:
+    """Raise ValueError unless a tensor, if there is one, has the tokens of x with so many channels."""
+    expected = (*x.shape[:-1], width)
+    if tensor is None:
         return
-    if (residual.shape, residual.dtype, residual.device) != (expected, x.dtype, x.device):
+    if tensor.shape != expected or tensor.device != x.device or (tensor.dtype != x.dtype and not autocasts(x)):
         raise ValueError(
-            f"{op}: residual must have shape {expected}, {x.dtype} on {x.device}, but has {tuple(residual.shape)}, "
-            f"{residual.dtype} on {residual.device}"
+            f"{op}: {name} must have shape {expected}, {x.dtype} on {x.device}, but has {tuple(tensor.shape)}, "
+            f"{tensor.dtype} on {tensor.device}"
         )
 
 
@@ -135,13 +146,17 @@ def _typed(parameter: Tensor | None, x: Tensor) -> Tensor | None:
     return parameter if parameter is None or autocasts(x) else parameter.to(x.dtype)
 
 
-def _plain_linear(x: Tensor, layer: Linear, norm: LayerNorm | None, residual: Tensor | None) -> Tensor:
-    y = project(normalise(x, norm), layer)
+def _plain_linear(
+    x: Tensor, layer: Linear, norm: LayerNorm | None, gate: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    x = normalise(x, norm)
+    y = project(x if gate is None else x * F.silu(gate), layer)
     return y if residual is None else residual + y
 
 
 def _plain_mlp(x: Tensor, first: Linear, second: Linear, norm: LayerNorm | None, residual: Tensor | None) -> Tensor:
-    return _plain_linear(F.gelu(_plain_linear(x, first, norm, None)), second, None, residual)
+    y = project(F.gelu(project(normalise(x, norm), first)), second)
+    return y if residual is None else residual + y
 
 
 LINEAR = Dispatcher("linear", {"cpp": cpp_linear, "plain": Plain(_plain_linear)}, inference_only=True)
@@ -159,14 +174,15 @@ def _linear(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
+    gate: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
     norm = None if norm_weight is None else LayerNorm(norm_weight, norm_bias, eps)
-    return cpp_linear.linear(x, Linear(weight, bias), norm, residual)
+    return cpp_linear.linear(x, Linear(weight, bias), norm, gate, residual)
 
 
 @_linear.register_fake
-def _(x, weight, bias, norm_weight, norm_bias, eps, residual):
+def _(x, weight, bias, norm_weight, norm_bias, eps, gate, residual):
     return x.new_empty(*x.shape[:-1], len(weight))
 
 

@@ -50,9 +50,15 @@ def window_attention(
         )
     if window_size < 1:
         raise ValueError(f"window_attention: window_size={window_size}: a window has at least 1 token along a side")
-    if window_size**2 > cpp_window_attention.MAX_TOKENS or BODIES.runs_plain(x, qkv.weight, proj.weight):
+    if BODIES.runs_plain(x, qkv.weight, proj.weight):
         return _plain(x, qkv, proj, norm, num_heads, window_size)
     return torch.ops.linvision.window_attention(x, *qkv, *proj, *norm, num_heads, window_size)
+
+
+def pad_to_multiple(x: Tensor, divisor: int) -> Tensor:
+    """Pad (B, H, W, C) with zeros at the right and the bottom until ``divisor`` divides H and W."""
+    below, right = (-side % divisor for side in x.shape[1:3])
+    return F.pad(x, (0, 0, 0, right, 0, below)) if right or below else x
 
 
 def attend_in_windows(
@@ -65,7 +71,7 @@ def attend_in_windows(
 ) -> Tensor:
     """Attend within the windows of tokens (B, H, W, C), without norm and residual sum, in plain PyTorch."""
     (B, H, W, C), w = x.shape, window_size
-    x = F.pad(x, (0, 0, 0, -W % w, 0, -H % w)) if W % w or H % w else x
+    x = pad_to_multiple(x, w)
     tiles = (B, x.shape[1] // w, w, x.shape[2] // w, w, C)
     windows = x.view(tiles).transpose(2, 3).reshape(-1, w * w, C)
     q, k, v = qkv(windows).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)

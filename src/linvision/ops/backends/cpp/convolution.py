@@ -5,26 +5,10 @@ import ctypes
 import torch
 from torch import Tensor
 
-from linvision.ops.backends.cpp.library import DTYPES, call, pointer, readable, unreadable, with_unit_stride
+from linvision.ops.backends.cpp.library import DTYPES, Grid, call, pointer, readable, unreadable, with_unit_stride
 
 DEVICE = "cpu"
 MAX_KERNEL = 15
-
-
-class Grid(ctypes.Structure):
-    """Tokens (B, rows, columns, channels), channels contiguous."""
-
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("batch", ctypes.c_int64),
-        ("row", ctypes.c_int64),
-        ("column", ctypes.c_int64),
-    ]
-
-    @classmethod
-    def of(cls, x: Tensor) -> "Grid":
-        """Describe a tensor, which must outlive the call."""
-        return cls(x.data_ptr(), *x.stride()[:3])
 
 
 _SHAPE = [

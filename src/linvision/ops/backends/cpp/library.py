@@ -34,6 +34,22 @@ class Strided(ctypes.Structure):
         return cls(x.data_ptr(), strides[0], strides[1], strides[2])
 
 
+class Grid(ctypes.Structure):
+    """Tokens (B, rows, columns, channels), channels contiguous."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("row", ctypes.c_int64),
+        ("column", ctypes.c_int64),
+    ]
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Grid":
+        """Describe a tensor, which must outlive the call."""
+        return cls(x.data_ptr(), *x.stride()[:3])
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """Load the compiled kernels; None where they were not compiled.

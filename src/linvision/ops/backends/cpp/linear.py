@@ -38,15 +38,26 @@ class LayerArguments(ctypes.Structure):
 
 
 _FLAGS = [(name, ctypes.c_int32) for name in ("dtype", "threads")]
-_TOKENS = [*((name, _Rows) for name in ("x", "residual", "y")), ("norm", NormArguments)]
 
 
 class _Linear(ctypes.Structure):
-    _fields_ = [*_TOKENS, ("layer", LayerArguments), ("rows", ctypes.c_int64), *_FLAGS]
+    _fields_ = [
+        *((name, _Rows) for name in ("x", "gate", "residual", "y")),
+        ("norm", NormArguments),
+        ("layer", LayerArguments),
+        ("rows", ctypes.c_int64),
+        *_FLAGS,
+    ]
 
 
 class _Mlp(ctypes.Structure):
-    _fields_ = [*_TOKENS, *((name, LayerArguments) for name in ("first", "second")), ("rows", ctypes.c_int64), *_FLAGS]
+    _fields_ = [
+        *((name, _Rows) for name in ("x", "residual", "y")),
+        ("norm", NormArguments),
+        *((name, LayerArguments) for name in ("first", "second")),
+        ("rows", ctypes.c_int64),
+        *_FLAGS,
+    ]
 
 
 class Parameters:
@@ -90,38 +101,39 @@ def refuses(*tensors: Tensor | None) -> str | None:
     return None
 
 
-def linear(x: Tensor, layer: "Linear", norm: "LayerNorm | None", residual: Tensor | None) -> Tensor:
+def linear(
+    x: Tensor, layer: "Linear", norm: "LayerNorm | None", gate: Tensor | None, residual: Tensor | None
+) -> Tensor:
     """Map the last axis of x by a linear layer."""
-    parameters = Parameters()
-    y = x.new_empty(*x.shape[:-1], len(layer.weight))
-    rows = [_rows(x), None if residual is None else _rows(residual), y.view(-1, y.shape[-1])]
-    arguments = _Linear(
-        *map(_Rows.of, rows),
-        parameters.norm(norm),
-        parameters.layer(layer),
-        y[..., 0].numel(),
-        DTYPES[x.dtype],
-        torch.get_num_threads(),
-    )
-    call("linvision_linear_forward", arguments)
-    return y
+    return _run("linvision_linear_forward", _Linear, [x, gate, residual], norm, [layer])
 
 
 def mlp(x: Tensor, first: "Linear", second: "Linear", norm: "LayerNorm | None", residual: Tensor | None) -> Tensor:
     """Map the last axis of x by two linear layers with a GELU between them."""
+    return _run("linvision_mlp_forward", _Mlp, [x, residual], norm, [first, second])
+
+
+def _run(
+    function: str,
+    structure: type[ctypes.Structure],
+    tokens: list[Tensor | None],
+    norm: "LayerNorm | None",
+    layers: "list[Linear]",
+) -> Tensor:
+    x = tokens[0]
+    assert x is not None
+    y = x.new_empty(*x.shape[:-1], len(layers[-1].weight))
+    rows = [None if tensor is None else _rows(tensor) for tensor in tokens]
     parameters = Parameters()
-    y = x.new_empty(*x.shape[:-1], len(second.weight))
-    rows = [_rows(x), None if residual is None else _rows(residual), y.view(-1, y.shape[-1])]
-    arguments = _Mlp(
-        *map(_Rows.of, rows),
+    arguments = structure(
+        *map(_Rows.of, (*rows, _rows(y))),
         parameters.norm(norm),
-        parameters.layer(first),
-        parameters.layer(second),
-        y[..., 0].numel(),
+        *map(parameters.layer, layers),
+        y.numel() // y.shape[-1],
         DTYPES[x.dtype],
         torch.get_num_threads(),
     )
-    call("linvision_mlp_forward", arguments)
+    call(function, arguments)
     return y
 
 

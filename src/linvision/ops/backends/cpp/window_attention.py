@@ -7,15 +7,14 @@ import torch
 from torch import Tensor
 
 from linvision.ops.backends.cpp import linear
-from linvision.ops.backends.cpp.convolution import Grid
-from linvision.ops.backends.cpp.library import DTYPES, call, with_unit_stride
+from linvision.ops.backends.cpp.library import DTYPES, Grid, call, with_unit_stride
 from linvision.ops.backends.cpp.linear import LayerArguments, NormArguments, Parameters
 
 if TYPE_CHECKING:
     from linvision.ops.linear import LayerNorm, Linear
 
 DEVICE = "cpu"
-MAX_TOKENS = 256
+refuses = linear.refuses
 
 
 class _Forward(ctypes.Structure):
@@ -26,11 +25,6 @@ class _Forward(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("batch", "rows", "columns", "heads", "window")),
         *((name, ctypes.c_int32) for name in ("dtype", "threads")),
     ]
-
-
-def refuses(*tensors: Tensor | None) -> str | None:
-    """Say why these inputs (tokens, weights) cannot be computed, or return None if they can."""
-    return linear.refuses(*tensors)
 
 
 def forward(x: Tensor, qkv: "Linear", proj: "Linear", norm: "LayerNorm", num_heads: int, window_size: int) -> Tensor:

@@ -142,14 +142,16 @@ struct Rows {
   int64_t stride;
 };
 
+// y = residual + layer(norm(x) SiLU(gate))
 struct LinearForward {
-  Rows x, residual, y;
+  Rows x, gate, residual, y;
   LayerNorm norm;
   Linear layer;
   int64_t rows;
   int32_t dtype, threads;
 };
 
+// y = residual + second(GELU(first(norm(x))))
 struct MlpForward {
   Rows x, residual, y;
   LayerNorm norm;

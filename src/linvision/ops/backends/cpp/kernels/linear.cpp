@@ -1,5 +1,5 @@
-// A linear layer, and the two of an MLP, with the layer norm before and the residual sum after them in one pass over the
-// tokens. For inference: nothing is kept for a backward pass.
+// A linear layer, and the two of an MLP, with the layer norm (and gate) before and the residual sum after them in one
+// pass over the tokens. For inference: nothing is kept for a backward pass.
 
 #include "arguments.h"
 #include "linear.h"
@@ -35,18 +35,26 @@ T* row_of(const Rows& rows, int64_t row) {
   return rows.data == nullptr ? nullptr : static_cast<T*>(rows.data) + row * rows.stride;
 }
 
-// Rows as a product reads them: those given, or their norms in memory of our own.
+// Rows as a product reads them: those given, or in memory of our own what a norm and a gate make of them.
 template <typename T>
 class Inputs {
  public:
-  Inputs(const Rows& x, const LayerNorm& norm, int64_t width, int64_t first, int64_t rows)
-      : memory_(norm.weight == nullptr ? 0 : rows * width) {
+  Inputs(const Rows& x, const LayerNorm& norm, const Rows& gate, int64_t width, int64_t first, int64_t rows)
+      : memory_(norm.weight == nullptr && gate.data == nullptr ? 0 : rows * width) {
     data = row_of<T>(x, first);
     stride = x.stride;
-    if (norm.weight == nullptr || memory_.get() == nullptr) return;
-    T* normalised = reinterpret_cast<T*>(memory_.get());
-    for (int64_t row = 0; row < rows; ++row) normalise(data + row * stride, norm, width, normalised + row * width);
-    data = normalised;
+    if ((norm.weight == nullptr && gate.data == nullptr) || memory_.get() == nullptr) return;
+    T* changed = reinterpret_cast<T*>(memory_.get());
+    for (int64_t row = 0; row < rows; ++row) {
+      const T* from = data + row * stride;
+      T* to = changed + row * width;
+      if (norm.weight != nullptr) {
+        normalise(from, norm, width, to);
+        from = to;
+      }
+      if (gate.data != nullptr) multiply_by_silu(from, row_of<T>(gate, first + row), width, to);
+    }
+    data = changed;
     stride = width;
   }
   bool empty() const { return memory_.get() == nullptr; }
@@ -67,7 +75,7 @@ int32_t linear(const LinearForward& args) {
   int32_t status = kDone;
   parallel_for(args.threads, pieces.count, [&](int64_t piece) {
     const int64_t first = pieces.first_row(piece), rows = pieces.num_rows(piece);
-    const Inputs<T> inputs(args.x, args.norm, args.layer.inputs, first, rows);
+    const Inputs<T> inputs(args.x, args.norm, args.gate, args.layer.inputs, first, rows);
     if (inputs.empty()) {
       status = kOutOfMemory;
       return;
@@ -93,7 +101,7 @@ int32_t mlp(const MlpForward& args) {
   int32_t status = kDone;
   parallel_for(args.threads, pieces.count, [&](int64_t piece) {
     const int64_t first = pieces.first_row(piece), rows = pieces.num_rows(piece);
-    const Inputs<T> inputs(args.x, args.norm, args.first.inputs, first, rows);
+    const Inputs<T> inputs(args.x, args.norm, Rows{nullptr, 0}, args.first.inputs, first, rows);
     const Scratch activations(rows * chunk), sums_memory(rows * width);
     if (inputs.empty() || activations.get() == nullptr || sums_memory.get() == nullptr) {
       status = kOutOfMemory;

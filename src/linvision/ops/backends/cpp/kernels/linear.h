@@ -42,6 +42,15 @@ LINVISION_INLINE void normalise(const T* x, const LayerNorm& norm, int64_t width
   });
 }
 
+template <typename T>
+LINVISION_INLINE void multiply_by_silu(const T* x, const T* gate, int64_t width, T* to) {
+  each_vector(width, [&](auto whole, int64_t d, int n) __attribute__((always_inline)) {
+    constexpr bool kWhole = decltype(whole)::value;
+    const Vec factor = silu(load_channels<kWhole>(gate + d, n));
+    store_channels<kWhole>(to + d, load_channels<kWhole>(x + d, n) * factor, n);
+  });
+}
+
 // Adds the residual to the sums of a layer and writes them.
 template <typename T>
 struct Output {

@@ -51,7 +51,7 @@ LINVISION_INLINE Vec load(const BFloat16* p) {
   return from_bits(__builtin_convertvector(half, IntVec) << 16);
 }
 
-// Rounds to the nearest, ties to even; a NaN stays one.
+// Rounds to the nearest, ties to even; a NaN stays one. Below 1.2e-38 the instruction flushes to zero.
 LINVISION_INLINE void store(BFloat16* p, Vec x) {
 #if defined(__AVX512BF16__)
   const __m256bh half = _mm512_cvtneps_pbh((__m512)x);

@@ -8,19 +8,20 @@ namespace linvision {
 namespace LINVISION_ISA {
 namespace {
 
-constexpr int64_t kMaxTokens = 256;    // of a window
 constexpr int64_t kPieceTokens = 100;  // of the windows that are taken together, where one has fewer
+constexpr int64_t kQueries = 56;       // whose scores are alive at once
 constexpr int kHeadVecs = 2;
 typedef Panels<float, kHeadVecs> HeadPanels;
 
 // Where the tokens of a piece lie; null for those that fill up windows at the edges.
 template <typename T>
-struct Places {
-  const T* x[kMaxTokens];
-  T* y[kMaxTokens];
-  int64_t windows;
-
-  Places(const WindowAttentionForward& args, int64_t first, int64_t last) : windows(last - first) {
+class Places {
+ public:
+  Places(const WindowAttentionForward& args, int64_t first, int64_t last)
+      : windows(last - first), memory_(2 * windows * args.window * args.window * sizeof(T*) / sizeof(float)) {
+    if (empty()) return;
+    x = reinterpret_cast<const T**>(memory_.get());
+    y = reinterpret_cast<T**>(memory_.get()) + windows * args.window * args.window;
     const int64_t side = args.window, down = (args.rows + side - 1) / side, across = (args.columns + side - 1) / side;
     int64_t token = 0;
     for (int64_t window = first; window < last; ++window) {
@@ -34,8 +35,15 @@ struct Places {
       }
     }
   }
+  bool empty() const { return memory_.get() == nullptr; }
+
+  int64_t windows;
+  const T** x;
+  T** y;
 
  private:
+  const Scratch memory_;
+
   template <typename U>
   static U* at(const Grid& grid, int64_t image, int64_t row, int64_t column) {
     return static_cast<U*>(grid.data) + image * grid.batch + row * grid.row + column * grid.column;
@@ -56,7 +64,7 @@ struct Workspace {
         qkv_(tokens * qkv_stride()),
         keys_(score_width * head_dim),
         values_(round_up(head_dim, HeadPanels::kWidth) * window_tokens),
-        scores_(window_tokens * score_width) {}
+        scores_(kQueries * score_width) {}
   bool empty() const {
     return tokens_.get() == nullptr || qkv_.get() == nullptr || keys_.get() == nullptr || values_.get() == nullptr ||
            scores_.get() == nullptr;
@@ -97,21 +105,24 @@ void attend(const Workspace<T>& w, int64_t first, int64_t head) {
   for (int64_t index = 0; index < values.count(); ++index) values.copy(index, v, stride);
 
   const float scale = kLog2E / __builtin_sqrtf(static_cast<float>(w.head_dim));
-  multiply_panels(n, q, stride, keys, [&](int64_t row, int64_t column, Vec sums) __attribute__((always_inline)) {
-    store(w.scores(row) + column, sums * scale);
-  });
-  float inverse[kMaxTokens];
-  for (int64_t row = 0; row < n; ++row) {
-    for (int64_t j = n; j < w.score_width; ++j) w.scores(row)[j] = -3e38f;  // no keys: their weights come out as 1e-38
-    inverse[row] = soften(w.scores(row), w.score_width);
+  for (int64_t start = 0; start < n; start += kQueries) {
+    const int64_t rows = smaller(kQueries, n - start);
+    multiply_panels(rows, q + start * stride, stride, keys,
+                    [&](int64_t row, int64_t column, Vec sums)
+                        __attribute__((always_inline)) { store(w.scores(row) + column, sums * scale); });
+    float inverse[kQueries];
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t j = n; j < w.score_width; ++j) w.scores(row)[j] = -3e38f;  // no keys: their weights come out as 1e-38
+      inverse[row] = soften(w.scores(row), w.score_width);
+    }
+    multiply_panels(rows, w.scores(0), w.score_width, values,
+                    [&](int64_t row, int64_t column, Vec sums) __attribute__((always_inline)) {
+                      const int64_t left = w.head_dim - column;
+                      if (left <= 0) return;
+                      store_some(w.token(first + start + row) + channel + column, sums * inverse[row],
+                                 static_cast<int>(smaller(kLanes, left)));
+                    });
   }
-  multiply_panels(n, w.scores(0), w.score_width, values,
-                  [&](int64_t row, int64_t column, Vec sums) __attribute__((always_inline)) {
-                    const int64_t left = w.head_dim - column;
-                    if (left <= 0) return;
-                    store_some(w.token(first + row) + channel + column, sums * inverse[row],
-                               static_cast<int>(smaller(kLanes, left)));
-                  });
 }
 
 template <typename T>
@@ -151,11 +162,12 @@ int32_t forward(const WindowAttentionForward& args) {
   parallel_for(args.threads, (windows + together - 1) / together, [&](int64_t piece) {
     const int64_t first = piece * together, last = smaller(windows, first + together);
     const Workspace<T> workspace(args, (last - first) * window_tokens);
-    if (workspace.empty()) {
+    const Places<T> places(args, first, last);
+    if (workspace.empty() || places.empty()) {
       status = kOutOfMemory;
       return;
     }
-    attend_windows(args, Places<T>(args, first, last), workspace, qkv_weights, proj_weights);
+    attend_windows(args, places, workspace, qkv_weights, proj_weights);
   });
   return status;
 }
@@ -163,7 +175,6 @@ int32_t forward(const WindowAttentionForward& args) {
 }  // namespace
 
 int32_t window_attention_forward(const WindowAttentionForward& args) {
-  if (args.window * args.window > kMaxTokens) return kUnsupported;
   if (args.dtype == kFloat32) return forward<float>(args);
   if constexpr (kHasBFloat16Products) return forward<BFloat16>(args);
   return kUnsupported;
