@@ -302,7 +302,7 @@ def test_signals_leave_a_run_that_resumes(number, code, tmp_path):
     while not (out / "state.ckpt").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=240)
     assert process.returncode == code, errors
     assert output == ""
     assert "Traceback" not in errors
