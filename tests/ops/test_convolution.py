@@ -217,3 +217,16 @@ def test_a_forced_backend_says_why_it_cannot_run():
             depthwise_conv2d(x.double(), weight.double(), bias.double())
     expected = depthwise_conv2d(x.double(), weight.double(), bias.double())
     torch.testing.assert_close(depthwise_conv2d(x, weight, bias).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", kernels.BACKENDS)
+@pytest.mark.parametrize("shape", [(0, 5, 8), (2, 0, 8)])
+def test_no_tokens_give_none_and_zero_gradients(shape, backend):
+    x = torch.zeros(shape, requires_grad=True)
+    weight, bias = torch.randn(8, 1, 4, requires_grad=True), torch.randn(8, requires_grad=True)
+    with use_backend(backend):
+        y = causal_conv1d(x, weight, bias, activation="silu")
+        y.sum().backward()
+    assert y.shape == shape
+    assert not weight.grad.any()
+    assert not bias.grad.any()
