@@ -5,7 +5,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from linvision.ops.backends.cpp.library import DTYPES, Strided, call, pointer, readable, unreadable, with_unit_stride
+from linvision.ops.backends.cpp.library import DTYPES, Strided, call, pointer, readable, unreadable
+from linvision.ops.backends.strides import with_unit_stride
 
 DEVICE = "cpu"
 

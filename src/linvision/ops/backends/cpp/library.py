@@ -9,6 +9,8 @@ from typing import Any
 import torch  # before the library: it brings the OpenMP runtime that both are to share
 from torch import Tensor
 
+from linvision.ops.backends.strides import with_unit_stride
+
 LIBRARY = "liblinvision.so"
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -99,11 +101,6 @@ def call(function: str, arguments: ctypes.Structure) -> None:
 def pointer(x: Tensor | None) -> int | None:
     """Return the address of a tensor, which must outlive the call."""
     return None if x is None else x.data_ptr()
-
-
-def with_unit_stride(x: Tensor) -> Tensor:
-    """Return a tensor whose last axis is contiguous: x itself, or a copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def readable(x: Tensor) -> Tensor:

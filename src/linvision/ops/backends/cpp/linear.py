@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from linvision.ops.backends.cpp.library import DTYPES, call, level, pointer, unreadable, with_unit_stride
+from linvision.ops.backends.cpp.library import DTYPES, call, level, pointer, unreadable
+from linvision.ops.backends.strides import with_unit_stride
 
 if TYPE_CHECKING:
     from linvision.ops.linear import LayerNorm, Linear

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from linvision.ops._selective_scan_tiled import Inputs, interval
-from linvision.ops.backends.cpp.library import DTYPES, Strided, call, pointer, unreadable, with_unit_stride
+from linvision.ops.backends.cpp.library import DTYPES, Strided, call, pointer, unreadable
+from linvision.ops.backends.strides import with_unit_stride
 
 DEVICE: str | None = "cpu"
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from linvision.ops.backends.cpp import linear
-from linvision.ops.backends.cpp.library import DTYPES, Grid, call, with_unit_stride
+from linvision.ops.backends.cpp.library import DTYPES, Grid, call
 from linvision.ops.backends.cpp.linear import LayerArguments, NormArguments, Parameters
+from linvision.ops.backends.strides import with_unit_stride
 
 if TYPE_CHECKING:
     from linvision.ops.linear import LayerNorm, Linear

@@ -63,11 +63,6 @@ def product_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float16 or torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
-def with_unit_stride(x: Tensor) -> Tensor:
-    """Return a tensor whose last axis is contiguous: x itself, or a copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def launch(kernel: Any, num_programs: int, *arguments: Any, like: Tensor, **options: Any) -> None:
     """Start a kernel on the device of a tensor, as so many programs; none of them is no launch."""
     if num_programs == 0:

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linvision.ops.backends.strides import with_unit_stride
 from linvision.ops.backends.triton.device import (
     launch,
     operand_dtype,
     power_of_two,
     product_precision,
     unusable,
-    with_unit_stride,
 )
 
 DEVICE = "cuda"

@@ -18,6 +18,16 @@ from linvision.ops.backends.triton.mlstm_states import dot
 
 
 @triton.jit
+def _program(num_tokens, TOKENS: tl.constexpr, NUM_PARTS: tl.constexpr):
+    """Return this program's part of the channels, tile of tokens and head of all, and the number of these."""
+    num_tiles = tl.cdiv(num_tokens, TOKENS)
+    part = tl.program_id(0) % NUM_PARTS
+    tile = (tl.program_id(0) // NUM_PARTS) % num_tiles
+    head = (tl.program_id(0) // (NUM_PARTS * num_tiles)).to(tl.int64)
+    return part, tile, head, (tl.num_programs(0) // (NUM_PARTS * num_tiles)).to(tl.int64)
+
+
+@triton.jit
 def _tokens(position, num_tokens, REVERSE: tl.constexpr):
     token = position.to(tl.int64)
     if REVERSE:
@@ -95,11 +105,7 @@ def queries_kernel(
     Backward also writes q . dq, with ``own`` = q, to ``products`` (tiles of channels, B H, S).
     """
     NUM_PARTS: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
-    num_tiles = tl.cdiv(num_tokens, TOKENS)
-    num_all_heads = (tl.num_programs(0) // (NUM_PARTS * num_tiles)).to(tl.int64)
-    part = tl.program_id(0) % NUM_PARTS
-    tile = (tl.program_id(0) // NUM_PARTS) % num_tiles
-    head = (tl.program_id(0) // (NUM_PARTS * num_tiles)).to(tl.int64)
+    part, tile, head, num_all_heads = _program(num_tokens, TOKENS, NUM_PARTS)
     batch, in_batch = head // num_heads, head % num_heads
     x += batch * x_batch + in_batch * x_head
     y += batch * y_batch + in_batch * y_head
@@ -179,10 +185,7 @@ def keys_kernel(
     """
     NUM_PARTS: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     num_tiles = tl.cdiv(num_tokens, TOKENS)
-    num_all_heads = (tl.num_programs(0) // (NUM_PARTS * num_tiles)).to(tl.int64)
-    part = tl.program_id(0) % NUM_PARTS
-    tile = (tl.program_id(0) // NUM_PARTS) % num_tiles
-    head = (tl.program_id(0) // (NUM_PARTS * num_tiles)).to(tl.int64)
+    part, tile, head, num_all_heads = _program(num_tokens, TOKENS, NUM_PARTS)
     batch, in_batch = head // num_heads, head % num_heads
     x += batch * x_batch + in_batch * x_head
     y += batch * y_batch + in_batch * y_head
@@ -245,10 +248,7 @@ def norms_kernel(
     EPS: tl.constexpr, PRECISION: tl.constexpr, REVERSE: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
     """Compute the norm of a tile of queries again: its inverse, and the gradient of n . q."""
-    num_tiles = tl.cdiv(num_tokens, TOKENS)
-    num_all_heads = (tl.num_programs(0) // num_tiles).to(tl.int64)
-    tile = tl.program_id(0) % num_tiles
-    head = (tl.program_id(0) // num_tiles).to(tl.int64)
+    _, tile, head, num_all_heads = _program(num_tokens, TOKENS, tl.constexpr(1))
     batch, in_batch = head // num_heads, head % num_heads
     q += batch * q_batch + in_batch * q_head
     k += batch * k_batch + in_batch * k_head

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from linvision.ops._selective_scan_tiled import Inputs, interval
-from linvision.ops.backends.triton.device import launch, power_of_two, unusable, with_unit_stride
+from linvision.ops.backends.strides import with_unit_stride
+from linvision.ops.backends.triton.device import launch, power_of_two, unusable
 
 DEVICE = "cuda"
 MAX_STATES = 256

@@ -160,7 +160,7 @@ struct MlpForward {
   int32_t dtype, threads;
 };
 
-// y = x + proj(attention(qkv(norm(x)))), within windows of the grid; y may be x.
+// y = x + proj(attention(qkv(norm(x)))), within windows of the grid.
 struct WindowAttentionForward {
   Grid x, y;
   LayerNorm norm;

@@ -9,8 +9,8 @@ namespace LINVISION_ISA {
 namespace {
 
 constexpr int64_t kPanel = Panels<float, kWeightVecs>::kWidth, kTile = Panels<float, kWeightVecs>::kRows;
-constexpr int64_t kBlockRows = 12 * kTile;  // tokens of a piece of work, whose values stay in the second cache
-constexpr int64_t kHiddenPanels = 8;            // of an MLP that are computed before they are summed up
+constexpr int64_t kBlockRows = 12 * kTile;     // tokens of a piece of work, whose values stay in the second cache
+constexpr int64_t kHiddenPanels = 8;           // of an MLP that are computed before they are summed up
 
 // All rows in blocks, of which every thread gets the same number where they are few; and the panels of columns in groups
 // where there are not even as many blocks as threads.
@@ -80,8 +80,8 @@ int32_t linear(const LinearForward& args) {
       status = kOutOfMemory;
       return;
     }
-    const Output<T> output{args.layer.outputs, row_of<T>(args.residual, first), args.residual.stride, row_of<T>(args.y, first),
-                           args.y.stride};
+    const Output<T> output{args.layer.outputs, row_of<T>(args.residual, first), args.residual.stride,
+                           row_of<T>(args.y, first), args.y.stride};
     multiply_panels(rows, inputs.data, inputs.stride, weights.panels, pieces.first_panel(piece),
                     pieces.last_panel(piece), 0, args.layer.inputs,
                     [&](int64_t row, int64_t column, Vec sums)
