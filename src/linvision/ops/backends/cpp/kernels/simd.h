@@ -200,21 +200,41 @@ class Scratch {
   float* data_;
 };
 
-// Runs body(index) for every index below count on so many threads. One thread needs no OpenMP, which a forked process
-// may not have.
+LINVISION_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+LINVISION_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Consecutive indices of a loop that one thread works on first.
+struct alignas(64) Share {
+  int64_t next;
+  int64_t end;
+};
+constexpr int64_t kMaxShares = 64;
+
+// Runs body(index) for every index below count on so many threads. Each begins with its own share, consecutive indices,
+// as in every kernel: a thread finds the images that it worked on before in its own cache (from another core they come
+// at a third of the rate, where cores do not share one). Threads that are done help the others. One thread needs no
+// OpenMP, which a forked process may not have.
 template <typename Body>
 LINVISION_INLINE void parallel_for(int num_threads, int64_t count, const Body& body) {
   if (num_threads <= 1 || count <= 1) {
     for (int64_t index = 0; index < count; ++index) body(index);
     return;
   }
-#pragma omp parallel for num_threads(num_threads) schedule(dynamic)
-  for (int64_t index = 0; index < count; ++index) body(index);
+  Share shares[kMaxShares];
+  const int64_t num_shares = smaller(smaller(num_threads, kMaxShares), count);
+  for (int64_t i = 0; i < num_shares; ++i) {
+    shares[i].next = count * i / num_shares;
+    shares[i].end = count * (i + 1) / num_shares;
+  }
+#pragma omp parallel for num_threads(num_threads) schedule(static, 1)
+  for (int thread = 0; thread < num_threads; ++thread) {
+    for (int64_t i = 0; i < num_shares; ++i) {
+      Share& share = shares[(thread + i) % num_shares];
+      for (int64_t index; (index = __atomic_fetch_add(&share.next, 1, __ATOMIC_RELAXED)) < share.end;) body(index);
+    }
+  }
 }
-
-LINVISION_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-LINVISION_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 }  // namespace LINVISION_ISA
 }  // namespace linvision
