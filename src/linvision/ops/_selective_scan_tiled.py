@@ -7,6 +7,10 @@ delta u B are laid out (rows, tokens, N, E), channels last, so that every produc
 2. one fused multiply-add a token, in place: the updates become the states;
 3. the outputs of all its tokens by one batched product with C.
 
+A step of one short batch is too small to be shared by threads, and the one that takes it would read half of it from
+another core's cache. There the forward pass scans the segments of a tile side by side, each from a state of zero, and
+then adds to every state what the segment began with, times the product of the decays up to it.
+
 Nothing of size (B, S, E, N) ever exists. The forward pass keeps the states at every ``interval(N)``-th token, together
 no larger than u in float32; the backward pass walks the tiles the other way, computes the states of a tile again from
 the one at its start, and runs the same multiply-adds against the scan for the gradients of the states:
@@ -36,7 +40,7 @@ DEVICE_TILE = 16 * 1024 * 1024
 
 
 def interval(num_states: int) -> int:
-    """Count the tokens between kept states, such that these, (S / interval, B, N, E), are no larger than (B, S, E)."""
+    """Count the tokens of a segment, such that the states between segments are no more than (B, S, E)."""
     return max(16, num_states)
 
 
@@ -79,7 +83,8 @@ def forward(inputs: Inputs, initial_state: Tensor | None, keep_states: bool) -> 
     for rows in tiling.rows():
         state = inputs.A.new_zeros(final[rows].mT.shape) if initial_state is None else initial_state[rows].mT
         for tokens in tiling.tokens(inputs.reverse):
-            tile = _Tile.compute(inputs, rows, tokens, state, decays, updates)
+            num_segments = tiling.num_segments(tokens)
+            tile = _Tile.compute(inputs, rows, tokens, state, decays, updates, num_segments)
             for first in range(tokens.start, tokens.stop, every) if keep_states else ():
                 last = min(first + every, tokens.stop) - 1
                 kept[first // every, rows] = tile.state_before(last if inputs.reverse else first, inputs.reverse)
@@ -198,12 +203,19 @@ class _Tile:
     B: Tensor  # (rows, tokens, N), as is C
     C: Tensor
     start: Tensor  # (rows, N, E): the state before the tile
-    decays: _View  # (rows, tokens, N, E): exp(delta A)
+    decays: _View  # (rows, tokens, N, E): exp(delta A); with segments, their product from the start of each
     states: _View  # (rows, tokens, N, E): the state after each token
 
     @classmethod
     def compute(
-        cls, inputs: Inputs, rows: slice, tokens: slice, start: Tensor, decays: _Buffer, updates: _Buffer
+        cls,
+        inputs: Inputs,
+        rows: slice,
+        tokens: slice,
+        start: Tensor,
+        decays: _Buffer,
+        updates: _Buffer,
+        num_segments: int = 1,
     ) -> "_Tile":
         u, B, C = (x[rows, tokens].to(inputs.state_dtype) for x in (inputs.u, inputs.B, inputs.C))
         delta = _step_size(inputs, rows, tokens)
@@ -214,9 +226,13 @@ class _Tile:
         torch.mul(delta[..., None, :], inputs.A * math.log2(math.e), out=decay.tokens)
         decay.tokens.exp2_()
         torch.mul((delta * u)[..., None, :], B[..., None], out=states.tokens)
-        factors, values = decay.in_order(inputs.reverse), states.in_order(inputs.reverse)
-        values[0].addcmul_(factors[0], start)
-        _recur(values, factors[1:])
+        if num_segments > 1:
+            cut = (shape[0] * num_segments, shape[1] // num_segments, *shape[2:])
+            _recur_in_segments(updates.view(cut), decays.view(cut), start, inputs.reverse)
+        else:
+            factors, values = decay.in_order(inputs.reverse), states.in_order(inputs.reverse)
+            values[0].addcmul_(factors[0], start)
+            _recur(values, factors[1:])
         return cls(rows, tokens, u, delta, B, C, start, decay, states)
 
     def state_before(self, token: int, reverse: bool) -> Tensor:
@@ -234,23 +250,25 @@ class _Tile:
 
 @dataclass(frozen=True)
 class _Tiling:
-    """How a scan is cut: sequences per tile, tokens per tile."""
+    """How a scan is cut: sequences per tile, tokens per tile, and whether these are scanned in segments."""
 
     inputs: Inputs
     num_rows: int
     num_tokens: int
+    in_segments: bool
 
     @classmethod
     def plan(cls, inputs: Inputs, *, threads: int) -> "_Tiling":
         batch, (num_states, width) = max(1, inputs.u.shape[0]), inputs.A.shape
         step, tile = batch * num_states * width, DEVICE_TILE
-        num_rows = batch
+        num_rows, in_segments = batch, False
         if inputs.u.device.type == "cpu":
             groups = max(1, min(batch, step // (threads * STEP_PER_THREAD)))
             num_rows, tile = -(-batch // groups), threads * TILE_PER_THREAD
+            in_segments = threads > 1 and step < threads * STEP_PER_THREAD
         every = interval(num_states)
         num_kept = tile // (num_rows * num_states * width * every)
-        return cls(inputs, num_rows, every * max(1, num_kept))
+        return cls(inputs, num_rows, every * max(1, num_kept), in_segments)
 
     def buffers(self, count: int) -> list[_Buffer]:
         size = self.num_rows * min(self.num_tokens, self.inputs.u.shape[1]) * self.inputs.A.numel()
@@ -260,8 +278,14 @@ class _Tiling:
         return _slices(self.inputs.u.shape[0], self.num_rows)
 
     def tokens(self, from_the_end: bool) -> list[slice]:
-        slices = _slices(self.inputs.u.shape[1], self.num_tokens)
+        total = self.inputs.u.shape[1]
+        in_tiles = total - total % interval(self.inputs.A.shape[0]) if self.in_segments else total
+        slices = _slices(in_tiles, self.num_tokens) + ([slice(in_tiles, total)] if in_tiles < total else [])
         return slices[::-1] if from_the_end else slices
+
+    def num_segments(self, tokens: slice) -> int:
+        num_tokens = tokens.stop - tokens.start
+        return max(1, num_tokens // interval(self.inputs.A.shape[0])) if self.in_segments else 1
 
 
 def _slices(total: int, size: int) -> list[slice]:
@@ -279,6 +303,21 @@ def _recur(values: tuple[Tensor, ...], decays: tuple[Tensor, ...]) -> None:
     carried = values[0]
     for value, decay in zip(values[1:], decays, strict=True):
         carried = value.addcmul_(decay, carried)
+
+
+def _recur_in_segments(values: _View, decays: _View, start: Tensor, reverse: bool) -> None:
+    """Recur in (rows segments, tokens, N, E) at once, then from ``start`` (rows, N, E); decays become products."""
+    carried, *following = values.in_order(reverse)
+    product, *factors = decays.in_order(reverse)
+    for value, decay in zip(following, factors, strict=True):
+        carried = value.addcmul_(decay, carried)
+        product = decay.mul_(product)
+    last, decayed = (x.unflatten(0, (len(start), -1)).unbind(1) for x in (carried, product))
+    starts = [start]
+    for segment in range(len(last))[:: -1 if reverse else 1]:
+        starts.append(torch.addcmul(last[segment], decayed[segment], starts[-1]))
+    starts = torch.stack(starts[-2::-1] if reverse else starts[:-1], 1)
+    values.tokens.addcmul_(decays.tokens, starts.flatten(0, 1)[:, None])
 
 
 def _dot_states(weights: Tensor, x: Tensor) -> Tensor:
