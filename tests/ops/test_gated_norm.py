@@ -31,7 +31,11 @@ def test_definition(backend):
     normalised = (h - h.mean(-1, keepdim=True)) / (h.var(-1, correction=0, keepdim=True) + EPS).sqrt()
     with use_backend(backend):
         y = gated(*inputs)
-    torch.testing.assert_close(y, (normalised.flatten(2) * (1 + weight) + bias + skip * c) * F.silu(z))
+    ungated = normalised.flatten(2) * (1 + weight) + bias + skip * c
+    torch.testing.assert_close(y, ungated * F.silu(z))
+    for with_gradient in (True, False):
+        with use_backend(backend), torch.set_grad_enabled(with_gradient):
+            torch.testing.assert_close(gated(h, c, None, weight.requires_grad_(), bias, skip), ungated)
 
 
 SIZES = [(2, 1, 1, 4), (2, 7, 4, 16), (1, 13, 3, 5), (3, 33, 4, 33), (1, 70, 4, 96), (0, 5, 2, 4), (1, 0, 2, 4)]

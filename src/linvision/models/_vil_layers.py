@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from linvision.models._backbone import resize_grid
 from linvision.models._fusion import fusible, halves_of, linear_of, unchanged
-from linvision.ops.block_diagonal import BLOCK_SIZE, BlockDiagonal, Gate, block_diagonal, mlstm_inputs
+from linvision.ops.block_diagonal import BLOCK_SIZE, BlockDiagonal, Gate, block_diagonal
 from linvision.ops.convolution import causal_conv1d, depthwise_conv2d
 from linvision.ops.gated_norm import gated_head_norm
 from linvision.ops.linear import LayerNorm, linear, normalise
 from linvision.ops.mlstm import mlstm
+from linvision.ops.projected_mlstm import projected_mlstm
 
 NUM_HEADS = 4
 
@@ -117,11 +118,16 @@ class ViLLayer(nn.Module):
             return y if residual is None else residual + y
         # Two products instead of one and a split: x and z come out contiguous, and z not before it is needed.
         x_up, z_up = halves_of(self.proj_up)
-        h, c = self._mix(linear(u, x_up, norm=norm), grid)
-        y = self._gate(h, c, linear(u, z_up, norm=norm))
-        return linear(y, linear_of(self.proj_down), residual=residual)
+        heads = self._mix(linear(u, x_up, norm=norm), grid)
+        if torch.is_grad_enabled() or u.device.type != "cpu":
+            y, z = self._gate(*heads, linear(u, z_up, norm=norm)), None
+        else:  # proj_down's kernel gates as well, and then the gate need not be alive beside the heads
+            y = self._gate(*heads, None)
+            del heads
+            z = linear(u, z_up, norm=norm)
+        return linear(y, linear_of(self.proj_down), gate=z, residual=residual)
 
-    def _gate(self, h: Tensor, c: Tensor, z: Tensor) -> Tensor:
+    def _gate(self, h: Tensor, c: Tensor, z: Tensor | None) -> Tensor:
         norm = self.mlstm_cell.outnorm
         return gated_head_norm(h, c, z, weight=norm.weight, bias=norm.bias, skip=self.learnable_skip, eps=norm.eps)
 
@@ -131,16 +137,12 @@ class ViLLayer(nn.Module):
         if not unchanged(cell.igate, cell.fgate):
             q, k, v = self.q_proj(c), self.k_proj(c), self.v_proj(x)
             together = torch.cat([q, k, v], dim=-1)
-            return self._mlstm(q, k, v, cell.igate(together), cell.fgate(together)), c
+            q, k, v = (tokens.unflatten(-1, (NUM_HEADS, -1)) for tokens in (q, k, v))
+            h = mlstm(q, k, v, cell.igate(together), cell.fgate(together), reverse=self.reverse)
+            return cast(Tensor, h), c
         projections = (BlockDiagonal(p.weight, p.bias) for p in (self.q_proj, self.k_proj, self.v_proj))
         i, f = (Gate(gate.weight, gate.bias) for gate in (cell.igate, cell.fgate))
-        q, k, v, i, f = mlstm_inputs(c, x, *projections, i=i, f=f)
-        del x  # a fifth of what would be alive in the mLSTM
-        return self._mlstm(q, k, v, i, f), c
-
-    def _mlstm(self, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor) -> Tensor:
-        q, k, v = (tokens.unflatten(-1, (NUM_HEADS, -1)) for tokens in (q, k, v))
-        return cast(Tensor, mlstm(q, k, v, i, f, reverse=self.reverse))
+        return projected_mlstm(c, x, *projections, i=i, f=f, reverse=self.reverse), c
 
 
 class ViLBlock(nn.Module):

@@ -5,6 +5,7 @@ from linvision.ops.block_diagonal import BlockDiagonal, Gate, MLSTMInputs, block
 from linvision.ops.convolution import causal_conv1d, depthwise_conv2d
 from linvision.ops.gated_norm import gated_head_norm
 from linvision.ops.mlstm import MLSTMState, mlstm, mlstm_parallel, mlstm_recurrent
+from linvision.ops.projected_mlstm import projected_mlstm
 from linvision.ops.selective_scan import selective_scan, selective_scan_sequential
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "mlstm_inputs",
     "mlstm_parallel",
     "mlstm_recurrent",
+    "projected_mlstm",
     "selective_scan",
     "selective_scan_sequential",
     "use_backend",

@@ -86,13 +86,14 @@ def mlstm_inputs(
     """
     weights, biases = (q.weight, k.weight, v.weight), (q.bias, k.bias, v.bias)
     arguments = (c, x, *weights, *biases, i.weight, f.weight, i.bias, f.bias)
-    _check(*arguments)
+    check_mlstm_inputs(*arguments)
     if BODIES.runs_plain(c, i.bias):
         return MLSTMInputs(*_plain(*arguments))
     return MLSTMInputs(*torch.ops.linvision.mlstm_inputs(*arguments))
 
 
-def _check(c: Tensor, x: Tensor, *parameters: Tensor | None) -> None:
+def check_mlstm_inputs(c: Tensor, x: Tensor, *parameters: Tensor | None) -> None:
+    """Raise ValueError unless c and x are tokens that the parameters, in ``mlstm_inputs``' order, fit."""
     if c.ndim != 3 or c.shape != x.shape or c.shape[-1] % BLOCK_SIZE:
         raise ValueError(
             f"mlstm_inputs: c and x must have one shape (B, S, E), E a multiple of {BLOCK_SIZE}, but are "

@@ -14,14 +14,14 @@ from linvision.ops.backends.cpp import gated_norm as cpp_gated_norm
 
 
 def gated_head_norm(
-    h: Tensor, c: Tensor, z: Tensor, *, weight: Tensor, bias: Tensor | None, skip: Tensor, eps: float
+    h: Tensor, c: Tensor, z: Tensor | None, *, weight: Tensor, bias: Tensor | None, skip: Tensor, eps: float
 ) -> Tensor:
     """Normalise heads, add a skip connection and gate (equation above).
 
     Args:
         h: heads (B, S, H, D).
         c: skip input (B, S, H * D).
-        z: pre-activation of the gate (B, S, H * D); h, c and z of one type and any strides.
+        z: pre-activation of the gate (B, S, H * D), or None for no gate; h, c and z of one type and any strides.
         weight: scale less one, (H * D,); the parameters may be of other floating-point types than h.
         bias: shift (H * D,) or None.
         skip: factor of c, (H * D,).
@@ -34,12 +34,12 @@ def gated_head_norm(
         ValueError: where shapes, types or devices disagree.
     """
     _check(h, c, z, weight, bias, skip)
-    if BODIES.runs_plain(h):
+    if (UNGATED if z is None else BODIES).runs_plain(h):
         return _plain(h, c, z, weight, bias, skip, eps)
     return torch.ops.linvision.gated_head_norm(h, c, z, weight, bias, skip, eps)
 
 
-def _check(h: Tensor, c: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor) -> None:
+def _check(h: Tensor, c: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor | None, skip: Tensor) -> None:
     if h.ndim != 4 or min(h.shape[2:]) == 0:
         raise ValueError(
             f"gated_head_norm: h must be (B, S, H, D) with at least one head and channel but has shape {tuple(h.shape)}"
@@ -67,14 +67,18 @@ def _check(h: Tensor, c: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None,
         raise ValueError(f"gated_head_norm: h must be of a floating-point type but is {h.dtype}")
 
 
-def _plain(h: Tensor, c: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor, eps: float) -> Tensor:
+def _plain(
+    h: Tensor, c: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor | None, skip: Tensor, eps: float
+) -> Tensor:
     normalised = F.layer_norm(h, h.shape[-1:], eps=eps).flatten(2)
     scale = 1 + weight
     y = normalised * scale if bias is None else torch.addcmul(bias, normalised, scale)
-    return (torch.addcmul(y, skip, c) * F.silu(z)).to(h.dtype)
+    y = torch.addcmul(y, skip, c)
+    return (y if z is None else y * F.silu(z)).to(h.dtype)
 
 
 BODIES = Dispatcher("gated_head_norm", {"cpp": cpp_gated_norm, "plain": Plain(_plain)})
+UNGATED = Dispatcher("gated_head_norm without a gate", BODIES.bodies, inference_only=True)
 
 
 # The op as torch sees it: opaque to compile and export, with a meta kernel and a gradient.
@@ -82,7 +86,7 @@ BODIES = Dispatcher("gated_head_norm", {"cpp": cpp_gated_norm, "plain": Plain(_p
 
 @torch.library.custom_op("linvision::gated_head_norm", mutates_args=())
 def _gated_head_norm(
-    h: Tensor, c: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor, eps: float
+    h: Tensor, c: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor | None, skip: Tensor, eps: float
 ) -> Tensor:
     with torch.autocast(h.device.type, enabled=False):
         return BODIES.choose(h).forward(h, c, z, weight, bias, skip, eps)

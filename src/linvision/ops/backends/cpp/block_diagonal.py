@@ -17,7 +17,9 @@ _SIZES = [(name, ctypes.c_int64) for name in ("batch", "tokens", "width", "heads
 _FLAGS = [(name, ctypes.c_int32) for name in ("dtype", "threads")]
 
 
-class _Forward(ctypes.Structure):
+class Forward(ctypes.Structure):
+    """Arguments of the projections and gates."""
+
     _fields_ = [
         *((name, Strided) for name in ("c", "x", "q", "k", "v")),
         *((name, ctypes.c_void_p) for name in ("i", "f")),
@@ -64,12 +66,12 @@ def forward(
     c_, x_ = (readable(tensor) for tensor in (c, x))
     q, k, v = (c_.new_empty(c_.shape) for _ in range(3))
     i, f = (c_.new_empty(*c.shape[:2], len(gate_biases[0]), dtype=torch.float32) for _ in range(2))
-    parameters = [_floats(group) for group in (weights, biases, gate_weights, gate_biases)]
-    arguments = _Forward(
+    parameters = [floats(group) for group in (weights, biases, gate_weights, gate_biases)]
+    arguments = Forward(
         *(Strided.of(tensor) for tensor in (c_, x_, q, k, v)),
         pointer(i),
         pointer(f),
-        *(_addresses(group) for group in parameters),
+        *(addresses(group) for group in parameters),
         *c.shape,
         i.shape[-1],
         DTYPES[c_.dtype],
@@ -93,7 +95,7 @@ def backward(
     dq, dk, dv = (readable(d.to(c_.dtype)) for d in gradients[:3])
     di, df = (d.float().contiguous() for d in gradients[3:])
     dc, dx = c_.new_empty(c_.shape), c_.new_empty(c_.shape)
-    parameters = [_floats(group) for group in (weights, biases, gate_weights)]
+    parameters = [floats(group) for group in (weights, biases, gate_weights)]
     results = [
         [None if p is None else p.new_empty(p.shape, dtype=torch.float32) for p in group]
         for group in (weights, biases, gate_weights, gate_biases)
@@ -102,7 +104,7 @@ def backward(
         *(Strided.of(tensor) for tensor in (c_, x_, dq, dk, dv, dc, dx)),
         pointer(di),
         pointer(df),
-        *(_addresses(group) for group in (*parameters, *results)),
+        *(addresses(group) for group in (*parameters, *results)),
         *c.shape,
         len(gate_biases[0]),
         DTYPES[c_.dtype],
@@ -114,9 +116,11 @@ def backward(
     return [d.to(p.dtype) for d, p in zip(computed, inputs, strict=True) if d is not None and p is not None]
 
 
-def _floats(group: Sequence[Tensor | None]) -> list[Tensor | None]:
+def floats(group: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return parameters as the kernels read them: contiguous, float32."""
     return [None if x is None else x.float().contiguous() for x in group]
 
 
-def _addresses(group: Sequence[Tensor | None]) -> ctypes.Array:
+def addresses(group: Sequence[Tensor | None]) -> ctypes.Array:
+    """Return the addresses of two or three tensors, which must outlive the call."""
     return (_Three if len(group) == 3 else _Two)(*map(pointer, group))

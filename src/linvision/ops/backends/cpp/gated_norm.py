@@ -40,9 +40,13 @@ def refuses(*tensors: Tensor | None) -> str | None:
     return unreadable(h)
 
 
-def forward(h: Tensor, c: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor, eps: float) -> Tensor:
-    """Normalise the heads of h (B, S, H, D), add skip * c and gate by z: (B, S, E)."""
-    h_, c_, z_ = (readable(x) for x in (h, c, z))
+def forward(
+    h: Tensor, c: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor | None, skip: Tensor, eps: float
+) -> Tensor:
+    """Normalise the heads of h (B, S, H, D), add skip * c and gate by z, if it is there: (B, S, E)."""
+    h_, c_, z_ = (None if x is None else readable(x) for x in (h, c, z))
+    assert h_ is not None
+    assert c_ is not None
     parameters = [None if x is None else x.float().contiguous() for x in (weight, bias, skip)]
     y = c_.new_empty(c_.shape)
     arguments = _Forward(

@@ -16,7 +16,9 @@ MAX_HEAD_DIM = 1024
 State = tuple[Tensor, Tensor, Tensor]
 
 
-class _State(ctypes.Structure):
+class StatePointers(ctypes.Structure):
+    """A state, or none."""
+
     _fields_ = [(name, ctypes.c_void_p) for name in ("C", "n", "m")]
 
 
@@ -24,10 +26,12 @@ _SIZES = [(name, ctypes.c_int64) for name in ("batch", "tokens", "heads", "head_
 _FLAGS = [(name, ctypes.c_int32) for name in ("dtype", "reverse", "threads")]
 
 
-class _Forward(ctypes.Structure):
+class Forward(ctypes.Structure):
+    """Arguments of the forward pass."""
+
     _fields_ = [
         *((name, Strided) for name in ("q", "k", "v", "i", "f", "h")),
-        *((name, _State) for name in ("initial", "final")),
+        *((name, StatePointers) for name in ("initial", "final")),
         *_SIZES,
         *_FLAGS,
     ]
@@ -36,7 +40,7 @@ class _Forward(ctypes.Structure):
 class _Backward(ctypes.Structure):
     _fields_ = [
         *((name, Strided) for name in ("q", "k", "v", "i", "f", "h", "dh", "dq", "dk", "dv", "di", "df")),
-        *((name, _State) for name in ("initial", "d_final", "d_initial")),
+        *((name, StatePointers) for name in ("initial", "d_final", "d_initial")),
         *_SIZES,
         *_FLAGS,
     ]
@@ -64,10 +68,10 @@ def forward(
     h = q_.new_empty(q.shape)
     initial = None if state is None else _contiguous(*state)
     final = tuple(q.new_empty(shape if return_state else (0,), dtype=torch.float32) for shape in _state_shapes(q))
-    arguments = _Forward(
+    arguments = Forward(
         *(Strided.of(x) for x in (q_, k_, v_, i_, f_, h)),
-        _State() if initial is None else _State(*map(pointer, initial)),
-        _State(*map(pointer, final)) if return_state else _State(),
+        StatePointers() if initial is None else StatePointers(*map(pointer, initial)),
+        StatePointers(*map(pointer, final)) if return_state else StatePointers(),
         *q.shape,
         DTYPES[q_.dtype],
         reverse,
@@ -98,9 +102,9 @@ def backward(
     d_initial = tuple(q.new_empty((0,) if state is None else shape, dtype=torch.float32) for shape in shapes)
     arguments = _Backward(
         *(Strided.of(x) for x in (q_, k_, v_, i_, f_, h_, dh_, dq, dk, dv, di, df)),
-        _State() if initial is None else _State(*map(pointer, initial)),
-        _State() if final is None else _State(*map(pointer, final)),
-        _State() if state is None else _State(*map(pointer, d_initial)),
+        StatePointers() if initial is None else StatePointers(*map(pointer, initial)),
+        StatePointers() if final is None else StatePointers(*map(pointer, final)),
+        StatePointers() if state is None else StatePointers(*map(pointer, d_initial)),
         *q.shape,
         DTYPES[q_.dtype],
         reverse,

@@ -87,12 +87,18 @@ struct DepthwiseConvBackward {
 };
 
 struct QkvForward {
-  Strided c, x, q, k, v;                              // (B, S, E)
+  Strided c, x, q, k, v;                              // (B, S, E); without q only the gates are computed
   float *i, *f;                                       // (B, S, H), contiguous
   const float *weights[3], *biases[3];                // (E / 4, 4, 4) and, where given, (E,), of q, k and v
   const float *gate_weights[2], *gate_biases[2];      // (H, 3 E) and (H,), of i and f
   int64_t batch, tokens, width, heads;
   int32_t dtype, threads;
+};
+
+// The gates of `projections`, then the mLSTM of the q, k and v that they would give.
+struct ProjectedMlstmForward {
+  QkvForward projections;
+  MlstmForward mlstm;
 };
 
 struct QkvBackward {
@@ -106,7 +112,7 @@ struct QkvBackward {
 
 struct GatedNormForward {
   Strided h;        // (B, S, H, D)
-  Strided c, z, y;  // (B, S, E)
+  Strided c, z, y;  // (B, S, E); z where given
   const float *weight, *bias, *skip;
   int64_t batch, tokens, heads, head_dim;
   float eps;

@@ -1,98 +1,14 @@
 // Queries and keys from c, values from x, by block-diagonal matrices of 4x4 blocks, and the gates from all three:
 // forward and backward.
-//
-// Within a vector of channels a block of 4 is multiplied as y = sum over s < 4 of coefficients_s * swap_s(x), where
-// swap_s exchanges lane j and lane j ^ s: four products of whole vectors.
 
-#include "arguments.h"
-#include "channels.h"
-
-#if defined(__AVX512F__)
-#define LINVISION_SWAPPED(s) 0 ^ s, 1 ^ s, 2 ^ s, 3 ^ s, 4 ^ s, 5 ^ s, 6 ^ s, 7 ^ s, \
-                             8 ^ s, 9 ^ s, 10 ^ s, 11 ^ s, 12 ^ s, 13 ^ s, 14 ^ s, 15 ^ s
-#elif defined(__AVX__)
-#define LINVISION_SWAPPED(s) 0 ^ s, 1 ^ s, 2 ^ s, 3 ^ s, 4 ^ s, 5 ^ s, 6 ^ s, 7 ^ s
-#else
-#define LINVISION_SWAPPED(s) 0 ^ s, 1 ^ s, 2 ^ s, 3 ^ s
-#endif
+#include "block_diagonal.h"
 
 namespace linvision {
 namespace LINVISION_ISA {
 namespace {
 
-constexpr int kBlock = 4;
 constexpr int kTokens = 4;  // of a tile
-constexpr int kGates = kLanes == 16 ? 4 : 2;  // sums that stay in registers for each token of a tile
 constexpr int kMaxGates = 64;
-constexpr int kQ = 0, kK = 1, kV = 2;
-
-template <int kStep>
-LINVISION_INLINE Vec swap_lanes(Vec x) {
-#if defined(__clang__)
-  return __builtin_shufflevector(x, x, LINVISION_SWAPPED(kStep));
-#else
-  return __builtin_shuffle(x, IntVec{LINVISION_SWAPPED(kStep)});
-#endif
-}
-
-struct Swapped {
-  Vec lanes[kBlock];
-  explicit inline __attribute__((always_inline)) Swapped(Vec x)
-      : lanes{x, swap_lanes<1>(x), swap_lanes<2>(x), swap_lanes<3>(x)} {}
-};
-
-// The weights as the kernels read them: rows of channels, zeros up to whole vectors.
-class Weights {
- public:
-  const int64_t stride, num_gates;
-
-  Weights(const float* const* weights, const float* const* biases, const float* const* gate_weights, int64_t width,
-          int64_t heads)
-      : stride(round_up(width, kLanes)),
-        num_gates(round_up(2 * heads, kGates)),
-        memory_((27 + 3 * num_gates) * stride) {
-    float* rows = memory_.get();
-    if (rows == nullptr) return;
-    memset(rows, 0, (27 + 3 * num_gates) * stride * sizeof(float));
-    for (int p = 0; p < 3; ++p) {
-      for (int64_t c = 0; c < width; ++c) {
-        const int64_t block = c / kBlock * kBlock, j = c % kBlock;
-        for (int64_t s = 0; s < kBlock; ++s) {
-          rows[(p * kBlock + s) * stride + c] = weights[p][(block + j) * kBlock + (j ^ s)];
-          rows[(12 + p * kBlock + s) * stride + c] = weights[p][(block + (j ^ s)) * kBlock + j];
-        }
-      }
-      if (biases[p] != nullptr) memcpy(rows + (24 + p) * stride, biases[p], width * sizeof(float));
-      for (int64_t g = 0; g < 2 * heads; ++g) {
-        const float* from = gate_weights[g / heads] + (g % heads * 3 + p) * width;
-        memcpy(rows + (27 + g * 3 + p) * stride, from, width * sizeof(float));
-      }
-    }
-  }
-  bool missing() const { return memory_.get() == nullptr; }
-  const float* coefficients(int p, int s) const { return row(p * kBlock + s); }
-  const float* transposed(int p, int s) const { return row(12 + p * kBlock + s); }
-  const float* bias(int p) const { return row(24 + p); }
-  const float* gate(int64_t g, int p = 0) const { return row(27 + g * 3 + p); }  // a gate's three rows are one
-
- private:
-  const float* row(int64_t index) const { return memory_.get() + index * stride; }
-  const Scratch memory_;
-};
-
-LINVISION_INLINE Vec project(const Weights& weights, int p, int64_t c, const Swapped& x) {
-  Vec y = load(weights.bias(p) + c);
-#pragma GCC unroll 4
-  for (int s = 0; s < kBlock; ++s) y += load(weights.coefficients(p, s) + c) * x.lanes[s];
-  return y;
-}
-
-LINVISION_INLINE Vec project_back(const Weights& weights, int p, int64_t c, const Swapped& d) {
-  Vec x = {};
-#pragma GCC unroll 4
-  for (int s = 0; s < kBlock; ++s) x += load(weights.transposed(p, s) + c) * d.lanes[s];
-  return x;
-}
 
 template <typename T>
 using Rows = TokenRows<T, kTokens>;
@@ -100,7 +16,7 @@ using Rows = TokenRows<T, kTokens>;
 // The gates as linear maps of c and x themselves, since q, k and v are: two rows of channels and a constant for each.
 class FoldedGates {
  public:
-  FoldedGates(const QkvForward& args, const Weights& weights)
+  FoldedGates(const QkvForward& args, const ProjectionWeights& weights)
       : stride_(weights.stride), memory_(weights.num_gates * 2 * weights.stride) {
     if (memory_.get() == nullptr) return;
     for (int64_t g = 0; g < weights.num_gates; ++g) {
@@ -161,7 +77,7 @@ void compute_gates(const QkvForward& args, const FoldedGates& gates, const T* co
 
 template <typename T>
 int32_t forward(const QkvForward& args) {
-  const Weights weights(args.weights, args.biases, args.gate_weights, args.width, args.heads);
+  const ProjectionWeights weights(args.weights, args.biases, args.gate_weights, args.width, args.heads);
   if (weights.missing()) return kOutOfMemory;
   const FoldedGates gates(args, weights);
   if (gates.missing()) return kOutOfMemory;
@@ -183,7 +99,8 @@ int32_t forward(const QkvForward& args) {
       const Rows<T> q_rows(args.q, args.tokens, first, last, nowhere);
       const Rows<T> k_rows(args.k, args.tokens, first, last, nowhere);
       const Rows<T> v_rows(args.v, args.tokens, first, last, nowhere);
-      each_vector(args.width, [&](auto whole, int64_t c, int n) __attribute__((always_inline)) {
+      const int64_t projected = args.q.data == nullptr ? 0 : args.width;
+      each_vector(projected, [&](auto whole, int64_t c, int n) __attribute__((always_inline)) {
         constexpr bool kWhole = decltype(whole)::value;
 #pragma GCC unroll 4
         for (int t = 0; t < kTokens; ++t) {
@@ -209,7 +126,7 @@ struct Gradients {
   float* data;
   int64_t stride, num_gates;
 
-  static int64_t size(const Weights& weights) {
+  static int64_t size(const ProjectionWeights& weights) {
     return (15 + 3 * weights.num_gates) * weights.stride + round_up(weights.num_gates, kLanes);
   }
   float* coefficients(int p, int s) const { return data + (p * kBlock + s) * stride; }
@@ -238,7 +155,7 @@ struct Gradients {
 // Carries the gradients dy of one of q, k and v at channels c, ... of a tile, and those of the gates, on to its source
 // and to the weights.
 template <bool kWhole, typename T>
-LINVISION_INLINE void differentiate(const Weights& weights, const Gradients& gradients, int p, int64_t c, int n,
+LINVISION_INLINE void differentiate(const ProjectionWeights& weights, const Gradients& gradients, int p, int64_t c, int n,
                                     const T* const (&source)[kTokens], const T* const (&dy)[kTokens],
                                     const float (&gates)[kMaxGates][kTokens], int64_t num_gates,
                                     Vec (&d_source)[kTokens]) {
@@ -276,7 +193,7 @@ LINVISION_INLINE void differentiate(const Weights& weights, const Gradients& gra
 
 template <typename T>
 int32_t backward(const QkvBackward& args) {
-  const Weights weights(args.weights, args.biases, args.gate_weights, args.width, args.heads);
+  const ProjectionWeights weights(args.weights, args.biases, args.gate_weights, args.width, args.heads);
   const TokenBlocks blocks(args.batch * args.tokens, kTokens, 4 * larger(1, args.threads));
   const int64_t num_gates = 2 * args.heads, size = Gradients::size(weights), num_parts = larger(1, blocks.count);
   const Scratch parts(num_parts * size);

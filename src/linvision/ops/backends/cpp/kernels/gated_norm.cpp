@@ -30,7 +30,8 @@ int32_t forward(const GatedNormForward& args) {
   const TokenBlocks blocks(args.batch * args.tokens, 1, 8 * larger(1, args.threads));
   parallel_for(args.threads, blocks.count, [&](int64_t block) {
     for (int64_t at = blocks.first(block); at < blocks.last(block); ++at) {
-      const T *c = token_of<const T>(args.c, args.tokens, at), *z = token_of<const T>(args.z, args.tokens, at);
+      const T* c = token_of<const T>(args.c, args.tokens, at);
+      const T* z = args.z.data == nullptr ? nullptr : token_of<const T>(args.z, args.tokens, at);
       T* y = token_of<T>(args.y, args.tokens, at);
       for (int64_t head = 0; head < args.heads; ++head) {
         const T* h = token_of<const T>(args.h, args.tokens, at) + head * args.h.head;
@@ -41,8 +42,9 @@ int32_t forward(const GatedNormForward& args) {
           const Affine affine = Affine::at<kWhole>(args.weight, args.bias, args.skip, start + d, n);
           const Vec normalised = (load_channels<kWhole>(h + d, n) - moments.mean) * moments.scale;
           const Vec skipped = affine.skip * load_channels<kWhole>(c + start + d, n);
-          const Vec gate = silu(load_channels<kWhole>(z + start + d, n));
-          store_channels<kWhole>(y + start + d, (normalised * affine.scale + affine.shift + skipped) * gate, n);
+          Vec sum = normalised * affine.scale + affine.shift + skipped;
+          if (z != nullptr) sum *= silu(load_channels<kWhole>(z + start + d, n));
+          store_channels<kWhole>(y + start + d, sum, n);
         });
       }
     }

@@ -11,6 +11,7 @@
 // Every kernel with the structure of its arguments.
 #define LINVISION_KERNELS(X)                          \
   X(mlstm_forward, MlstmForward)                      \
+  X(projected_mlstm_forward, ProjectedMlstmForward)   \
   X(mlstm_backward, MlstmBackward)                    \
   X(selective_scan_forward, SelectiveScanForward)     \
   X(selective_scan_backward, SelectiveScanBackward)   \

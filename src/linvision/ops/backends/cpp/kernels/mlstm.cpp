@@ -8,6 +8,7 @@
 // is nothing more than another order of these copies. Sequences are cut into chunks of one length, at most kChunk, of
 // which as few tokens as possible are padding.
 
+#include "block_diagonal.h"
 #include "mlstm_chunk.h"
 
 namespace linvision {
@@ -75,27 +76,68 @@ int64_t chunk_length(int64_t tokens) {
   return round_up((tokens + chunks - 1) / chunks, kTileRows);
 }
 
+// Queries, keys and values that are given.
+template <typename T>
+struct GivenTokens {
+  const MlstmForward& args;
+
+  void read(const Chunk& chunk, int64_t length, bool wants_queries, const Workspace& w) const {
+    gather<T>(args.k, chunk, args.head_dim, key_scale(args.head_dim), w.k, length, w.width);
+    gather<T>(args.v, chunk, args.head_dim, 1.0f, w.v, length, w.width);
+    if (wants_queries) gather<T>(args.q, chunk, args.head_dim, 1.0f, w.q, length, w.width);
+  }
+};
+
+// Queries and keys that are projected from c, values from x.
+template <typename T>
+struct ProjectedTokens {
+  const QkvForward& args;
+  const ProjectionWeights& weights;
+  int64_t head_dim;
+
+  void read(const Chunk& chunk, int64_t length, bool, const Workspace& w) const {
+    const int64_t start = chunk.head * head_dim;
+    const float scale = key_scale(head_dim);
+    const auto row_of = [&](const Strided& tensor, int64_t t) {
+      return static_cast<const T*>(tensor.data) + chunk.batch * tensor.batch + chunk.token(t) * tensor.token + start;
+    };
+    const Matrix copies[] = {w.q, w.k, w.v};
+    for (int64_t t = 0; t < length; ++t) {
+      float *q = w.q.row(t), *k = w.k.row(t), *v = w.v.row(t);
+      if (t >= chunk.count) {
+        for (const Matrix& rows : copies) memset(rows.row(t), 0, w.width * sizeof(float));
+        continue;
+      }
+      const T *c = row_of(args.c, t), *x = row_of(args.x, t);
+      each_vector(head_dim, [&](auto whole, int64_t j, int n) __attribute__((always_inline)) {
+        constexpr bool kWhole = decltype(whole)::value;
+        const Swapped from_c(load_channels<kWhole>(c + j, n)), from_x(load_channels<kWhole>(x + j, n));
+        store(q + j, within<kWhole>(project(weights, kQ, start + j, from_c), n));
+        store(k + j, within<kWhole>(project(weights, kK, start + j, from_c), n) * scale);
+        store(v + j, within<kWhole>(project(weights, kV, start + j, from_x), n));
+      });
+    }
+  }
+};
+
 struct Segment {
   int64_t batch, head, start, stop;
 };
 
 // Walks a segment from the state in the workspace. Without outputs only the state moves on.
-template <typename T>
-void walk(const MlstmForward& args, const Segment& segment, Workspace& w, GateSums& sums, bool has_state,
-          bool wants_outputs, bool wants_state) {
+template <typename T, typename Tokens>
+void walk(const MlstmForward& args, const Tokens& tokens, const Segment& segment, Workspace& w, GateSums& sums,
+          bool has_state, bool wants_outputs, bool wants_state) {
   const int64_t length = chunk_length(args.tokens);
-  const float scale = key_scale(args.head_dim);
   ChunkGates<kChunk> gates;
   for (int64_t start = segment.start; start < segment.stop; start += length) {
     const Chunk chunk = {segment.batch, segment.head, start, smaller(length, segment.stop - start), args.tokens,
                          args.reverse != 0};
     const bool feeds = wants_state || start + length < segment.stop;
     gates.prepare(args.i, args.f, chunk, sums);
-    gather<T>(args.k, chunk, args.head_dim, scale, w.k, length, w.width);
-    gather<T>(args.v, chunk, args.head_dim, 1.0f, w.v, length, w.width);
+    tokens.read(chunk, length, wants_outputs, w);
     transpose(length, w.width, w.k, w.keys);
     if (wants_outputs) {
-      gather<T>(args.q, chunk, args.head_dim, 1.0f, w.q, length, w.width);
       compute_outputs(w, gates, length, chunk.count, has_state);
       scatter<T>(args.h, chunk, args.head_dim, w.out);
     }
@@ -115,8 +157,8 @@ void append(float* C, float* n, GateSums& sums, const float* added_C, const floa
   sums = {sums.F + added.F, M};
 }
 
-template <typename T>
-int32_t forward(const MlstmForward& args) {
+template <typename T, typename Tokens>
+int32_t forward(const MlstmForward& args, const Tokens& tokens) {
   const int64_t width = round_up(args.head_dim, kLanes), heads = args.batch * args.heads;
   const int64_t state_size = width * width + width;
   const bool wants_final = args.final.C != nullptr;
@@ -145,7 +187,7 @@ int32_t forward(const MlstmForward& args) {
       }
       GateSums sums;
       memset(w.C.data, 0, state_size * sizeof(float));
-      walk<T>(args, segment_of(index), w, sums, false, false, true);
+      walk<T>(args, tokens, segment_of(index), w, sums, false, false, true);
       memcpy(states.get() + index * state_size, w.C.data, state_size * sizeof(float));
       all_sums[index] = sums;
     });
@@ -182,16 +224,31 @@ int32_t forward(const MlstmForward& args) {
       load_state(args.initial, head, args.head_dim, width, w.C.data, w.n, sums);
     }
     const bool is_last = place == num_segments - 1, has_state = place > 0 || args.initial.C != nullptr;
-    walk<T>(args, segment_of(index), w, sums, has_state, true, is_last && wants_final);
+    walk<T>(args, tokens, segment_of(index), w, sums, has_state, true, is_last && wants_final);
     if (is_last && wants_final) store_state(args.final, head, args.head_dim, width, w.C.data, w.n, sums);
   });
   return status;
 }
 
+template <typename T>
+int32_t forward(const ProjectedMlstmForward& args) {
+  const QkvForward& from = args.projections;
+  const ProjectionWeights weights(from.weights, from.biases, from.gate_weights, from.width, from.heads);
+  if (weights.missing()) return kOutOfMemory;
+  return forward<T>(args.mlstm, ProjectedTokens<T>{from, weights, args.mlstm.head_dim});
+}
+
 }  // namespace
 
 int32_t mlstm_forward(const MlstmForward& args) {
-  return args.dtype == kBFloat16 ? forward<BFloat16>(args) : forward<float>(args);
+  return args.dtype == kBFloat16 ? forward<BFloat16>(args, GivenTokens<BFloat16>{args})
+                                 : forward<float>(args, GivenTokens<float>{args});
+}
+
+int32_t projected_mlstm_forward(const ProjectedMlstmForward& args) {
+  const int32_t status = qkv_forward(args.projections);
+  if (status != kDone) return status;
+  return args.mlstm.dtype == kBFloat16 ? forward<BFloat16>(args) : forward<float>(args);
 }
 
 }  // namespace LINVISION_ISA

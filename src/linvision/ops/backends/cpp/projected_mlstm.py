@@ -1,0 +1,69 @@
+"""Projections and mLSTM in C++, chunk by chunk: the body of ``linvision.ops.projected_mlstm`` on a CPU."""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from linvision.ops.backends.cpp import block_diagonal, mlstm
+from linvision.ops.backends.cpp.library import DTYPES, Strided, call, pointer, readable
+
+DEVICE = "cpu"
+
+
+class _Forward(ctypes.Structure):
+    _fields_ = [("projections", block_diagonal.Forward), ("mlstm", mlstm.Forward)]
+
+
+def refuses(*tensors: Tensor | None) -> str | None:
+    """Say why these inputs (c, i's bias, ...) cannot be computed, or return None if they can."""
+    c, gate_bias = tensors[:2]
+    reason = block_diagonal.refuses(*tensors)
+    if reason is not None or c is None or gate_bias is None:
+        return reason
+    head_dim = c.shape[-1] // len(gate_bias)
+    if head_dim % 4 or head_dim > mlstm.MAX_HEAD_DIM:
+        return f"heads of {head_dim} channels, neither a multiple of 4 nor at most {mlstm.MAX_HEAD_DIM}"
+    return None
+
+
+def forward(
+    c: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    gate_weights: Sequence[Tensor],
+    gate_biases: Sequence[Tensor],
+    *,
+    reverse: bool,
+) -> Tensor:
+    """Compute h (B, S, H, D)."""
+    c_, x_ = (readable(tensor) for tensor in (c, x))
+    i, f = (c_.new_empty(*c.shape[:2], len(gate_biases[0]), dtype=torch.float32) for _ in range(2))
+    h = c_.new_empty(*i.shape, c.shape[-1] // i.shape[-1])
+    parameters = [block_diagonal.floats(group) for group in (weights, biases, gate_weights, gate_biases)]
+    flags = (DTYPES[c_.dtype], torch.get_num_threads())
+    none = Strided.of(None)
+    projections = block_diagonal.Forward(
+        *(Strided.of(tensor) for tensor in (c_, x_)),
+        *(none, none, none),
+        pointer(i),
+        pointer(f),
+        *(block_diagonal.addresses(group) for group in parameters),
+        *c.shape,
+        i.shape[-1],
+        *flags,
+    )
+    recurrence = mlstm.Forward(
+        *(none, none, none),
+        *(Strided.of(tensor) for tensor in (i, f, h)),
+        mlstm.StatePointers(),
+        mlstm.StatePointers(),
+        *h.shape,
+        flags[0],
+        reverse,
+        flags[1],
+    )
+    call("linvision_projected_mlstm_forward", _Forward(projections, recurrence))
+    return h.to(c.dtype)
