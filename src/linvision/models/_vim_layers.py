@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from linvision.models._fusion import call_linear, halves_of, unchanged
+from linvision.models._fusion import call_linear, fusible, halves_of, unchanged
 from linvision.ops.convolution import causal_conv1d
 from linvision.ops.linear import Linear, linear
 from linvision.ops.selective_scan import selective_scan
@@ -102,8 +102,8 @@ class MambaMixer(nn.Module):
         self.out_proj = nn.Linear(inner, dim, bias=False)
         self.gamma = None if layer_scale is None else nn.Parameter(torch.full((dim,), float(layer_scale)))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Mix (B, S, dim) over the sequence."""
+    def forward(self, tokens: Tensor, *, residual: Tensor | None = None) -> Tensor:
+        """Mix (B, S, dim) over the sequence; a residual sum of that shape and type may follow."""
         x, project_z = self._project_in(tokens)
         y, last = None, (self.A_log, self.D)
         if self.directions == "v2":
@@ -120,12 +120,11 @@ class MambaMixer(nn.Module):
         reverse = self.directions != "forward"
         if torch.is_grad_enabled() or tokens.device.type != "cpu":
             y = self._scan(projected, *last, reverse=reverse, residual=y, z=project_z())
-            out = self._project_out(y, gate=None)
-        else:  # out_proj's kernel gates as well, and then the gate need not be alive in a scan
-            y = self._scan(projected, *last, reverse=reverse, residual=y)
-            del projected
-            out = self._project_out(y, gate=project_z())
-        return out if self.gamma is None else out * self.gamma
+            return self._project_out(y, gate=None, residual=residual)
+        # out_proj's kernel gates as well, and then the gate need not be alive in a scan.
+        y = self._scan(projected, *last, reverse=reverse, residual=y)
+        del projected
+        return self._project_out(y, gate=project_z(), residual=residual)
 
     def _project_in(self, tokens: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
         """Return x (B, S, E) and what computes the gate z when it is needed."""
@@ -135,15 +134,20 @@ class MambaMixer(nn.Module):
         x_half, z_half = halves_of(self.in_proj)
         return linear(tokens, x_half), lambda: linear(tokens, z_half)
 
-    def _project_out(self, y: Tensor, gate: Tensor | None) -> Tensor:
+    def _project_out(self, y: Tensor, *, gate: Tensor | None, residual: Tensor | None) -> Tensor:
         """Map y (B, S, E), the sum of the branches, gated before or here."""
         halve = self.halve and self.directions == "v2"
-        if not unchanged(self.out_proj):
+        if unchanged(self.out_proj):
+            # Half of the weights instead of half of the sum: fewer numbers, and exactly the same result.
+            layer = Linear(self.out_proj.weight / 2 if halve else self.out_proj.weight)
+            if self.gamma is None:
+                return linear(y, layer, gate=gate, residual=residual)
+            out = linear(y, layer, gate=gate)
+        else:
             y = y if gate is None else y * F.silu(gate)
-            return self.out_proj(y / 2 if halve else y)
-        # Half of the weights instead of half of the sum: fewer numbers, and exactly the same result.
-        weight = self.out_proj.weight / 2 if halve else self.out_proj.weight
-        return linear(y, Linear(weight), gate=gate)
+            out = self.out_proj(y / 2 if halve else y)
+        out = out if self.gamma is None else out * self.gamma
+        return out if residual is None else residual + out
 
     def _project(self, x: Tensor, conv: CausalConv, x_proj: nn.Linear, dt_proj: nn.Linear) -> Projected:
         """Project what a branch scans from x (B, S, E)."""
@@ -210,6 +214,15 @@ class VimLayer(nn.Module):
         """Map (B, S, D) hidden and residual, which is None before the first layer."""
         residual = add_residual(residual, self.drop_path(hidden))
         return self.mixer(self.norm(residual)), residual
+
+    def summed(self, x: Tensor) -> Tensor:
+        """Map the sum (B, S, D) of hidden and residual to that of those that follow, one tensor instead of two."""
+        return self.mixer(self.norm(x), residual=x)
+
+    def may_sum(self) -> bool:
+        """Say whether ``summed`` may stand for the layer: in evaluation mode, and nobody listens or has replaced it."""
+        own = (VimLayer, DropPath, RMSNorm, LayerNorm, MambaMixer)
+        return fusible(self, self.drop_path, self.norm, self.mixer, own=own)
 
 
 def add_residual(residual: Tensor | None, hidden: Tensor) -> Tensor:

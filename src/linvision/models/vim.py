@@ -11,13 +11,14 @@ embedding is refused where it would rotate class tokens, or tokens that have lef
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from timm.layers import DropPath, lecun_normal_, trunc_normal_
 from torch import Tensor, nn
 
 from linvision.models._backbone import Backbone, drop_path_rates, pair, patch_grid, resize_grid
+from linvision.models._fusion import fusible
 from linvision.models._vil_layers import PatchEmbed
 from linvision.models._vim_layers import LayerNorm, MambaMixer, RMSNorm, RotaryEmbedding, VimLayer, add_residual
 
@@ -31,7 +32,7 @@ class Stream(NamedTuple):
     """What travels between layers."""
 
     hidden: Tensor  # (B, S, D), what the last layer put out
-    residual: Tensor | None  # (B, S, D), the sum of all before; None before the first layer
+    residual: Tensor | None  # (B, S, D), the sum of all before; None before the first layer, or if hidden is all
     grid: tuple[int, int]  # of the patches
     order: Tensor | None  # (S,): the place that each token has by right, where an experiment moved them
 
@@ -181,6 +182,8 @@ class VisionMamba(Backbone):
             if residual is not None and self.rotate_residual:
                 residual = self.rope(residual, grid)
         if self.layers_per_block == 1:
+            if residual is None and (index > 0 or self._may_carry_sums(hidden)):
+                return Stream(cast(VimLayer, self.layers[index]).summed(hidden), None, grid, order)
             hidden, residual = self.layers[index](hidden, residual)
             return Stream(hidden, residual, grid, order)
         hidden_forward, residual_forward = self.layers[2 * index](hidden, residual)
@@ -268,6 +271,13 @@ class VisionMamba(Backbone):
 
     def _summed(self, carry: Stream) -> Tensor:
         return add_residual(carry.residual, self.drop_path(carry.hidden))
+
+    def _may_carry_sums(self, hidden: Tensor) -> bool:
+        """Say whether all layers may pass on the sum of hidden and residual, since nothing would be different."""
+        if torch.is_grad_enabled() or self.rope is not None or hidden.dtype != torch.float32:
+            return False
+        layers_may = all(isinstance(layer, VimLayer) and layer.may_sum() for layer in self.layers)
+        return layers_may and fusible(self.drop_path, own=(DropPath,))
 
     def _reordered(self, x: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
         places = torch.arange(x.shape[1], device=x.device)
