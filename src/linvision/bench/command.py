@@ -210,6 +210,7 @@ def _remarks(report: Report) -> list[str]:
     machine, peaks = report.machine, report.peaks
     products = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in peaks["flops_per_second"].items())
     flags: list[Any] = [name for name in ("autocast", "compile", "tf32") if report.options.get(name)]
+    flags += [f"{report.options['checkpointing']} checkpointing"] if report.options["checkpointing"] != "none" else []
     flags += [f"backend {report.options['backend']}"] if report.options["backend"] != "auto" else []
     lines = [
         f"{row.contender}, size {row.setting.size}, {row.setting.mode}: {row.status}, {row.note}"

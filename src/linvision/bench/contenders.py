@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from linvision.errors import UsageError
+from linvision.tasks.options import Checkpointing
 
 Step = Callable[[], None]
 
@@ -28,6 +29,7 @@ class Setting:
         autocast: whether weights stay float32 under autocast.
         compile: whether models are compiled.
         backend: of the ops, "auto" for the fastest that can run.
+        checkpointing: of activations in training: "none", "selective" or "full".
         seed: of weights and inputs.
     """
 
@@ -39,6 +41,7 @@ class Setting:
     autocast: bool = False
     compile: bool = False
     backend: str = "auto"
+    checkpointing: Checkpointing = "none"
     seed: int = 0
 
     @property

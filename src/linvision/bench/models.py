@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from linvision.bench.contenders import Lineup, Setting, Step
 from linvision.models import create_model, resolve_name
+from linvision.models.deit3 import RecomputingBlock
 from linvision.ops import (
     mlstm,
     mlstm_parallel,
@@ -20,7 +21,7 @@ from linvision.ops import (
     selective_scan_sequential,
     use_backend,
 )
-from linvision.tasks.loading import size_overrides
+from linvision.tasks.loading import set_checkpointing, size_overrides
 
 DEIT = {192: "deit_tiny_patch16_224", 384: "deit_small_patch16_224", 768: "deit_base_patch16_224"}
 BY_WORD = {"tiny": 192, "small": 384, "base": 768}
@@ -63,7 +64,7 @@ class ModelContender:
 
     def prepare(self, setting: Setting) -> Step:
         """Build the model and a batch of noise; a step is a forward pass, or in training a step of AdamW too."""
-        model, image = self._build(setting)
+        model, image = self.build(setting)
         run = torch.compile(model) if setting.compile else model
         forms = FORMS.get(self.peer, {})
         backend = "plain" if self.peer == "plain" else setting.backend
@@ -89,18 +90,27 @@ class ModelContender:
 
         return train
 
-    def _build(self, setting: Setting) -> tuple[nn.Module, torch.Tensor]:
+    def build(self, setting: Setting) -> tuple[nn.Module, torch.Tensor]:
+        """Build the model and a batch of noise (B, 3, size, size)."""
         torch.manual_seed(setting.seed)
         dtype = torch.float32 if setting.autocast else setting.torch_dtype
         overrides = size_overrides(self.name, setting.size)
         if self.patch_size:
             overrides["patch_size"] = self.patch_size
+        if self.name in DEIT.values():
+            overrides["block_fn"] = RecomputingBlock
         with torch.device(setting.device):
             model = create_model(self.name, **overrides)
             image = torch.randn(setting.batch_size, 3, setting.size, setting.size)
         for layer in model.modules():
             if self.peer in ("fused", "explicit") and hasattr(layer, "fused_attn"):
                 setattr(layer, "fused_attn", self.peer == "fused")  # noqa: B010 - nn.Module types no plain attributes
+        if setting.checkpointing == "selective" and self.name in DEIT.values():
+            for layer in model.modules():
+                if isinstance(layer, RecomputingBlock):
+                    layer.selective_checkpointing = True
+        else:
+            set_checkpointing(model, setting.checkpointing)
         return model.to(dtype).train(setting.mode == "training"), image.to(dtype)
 
 

@@ -13,6 +13,7 @@ from linvision.bench.models import model_lineup
 from linvision.bench.ops import op_lineup
 from linvision.errors import UsageError
 from linvision.models import nearest
+from linvision.tasks.options import Checkpointing
 
 DTYPES = ("float32", "bfloat16", "float16")
 MODES = ("inference", "training")
@@ -49,6 +50,8 @@ class BenchOptions:
         max_memory: GiB that a contender may take on a CPU, its weights included; default 80 % of what is free
         autocast: keep float32 weights and let autocast choose where the type applies, instead of casting all
         compile: compile the models with torch.compile
+        checkpointing: of activations in training: selective recomputes in the backward pass what is cheap, full
+            everything
         backend: of the ops: auto (the fastest that can run), triton, cpp or plain
         tf32: let a GPU round float32 matrix products to TF32
         seed: of weights and inputs
@@ -73,6 +76,7 @@ class BenchOptions:
     max_memory: float | None = None
     autocast: bool = False
     compile: bool = False
+    checkpointing: Checkpointing = "none"
     backend: Literal["auto", "triton", "cpp", "plain"] = "auto"
     tf32: bool = False
     seed: int = 0
@@ -120,6 +124,8 @@ def make_plan(options: BenchOptions) -> Plan:
         raise UsageError("--dtypes float16 needs a GPU: use float32 or bfloat16 on the CPU")
     if options.op and options.compile:
         raise UsageError("--compile is for models: ops run as they are")
+    if options.checkpointing != "none" and (options.op or options.modes != "training"):
+        raise UsageError("--checkpointing is for models in training: give --modes training")
     if options.op and options.autocast:
         raise UsageError("--autocast is for models: an op's state is float32 in any case")
     if options.op is None:
@@ -143,6 +149,7 @@ def make_plan(options: BenchOptions) -> Plan:
             autocast=options.autocast,
             compile=options.compile,
             backend=options.backend,
+            checkpointing=options.checkpointing,
             seed=options.seed,
         )
         for mode, dtype, batch_size, size in product(

@@ -16,9 +16,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
-from torch.utils.checkpoint import checkpoint
 
 from linvision.models._names import UnknownOptionError, did_you_mean
+from linvision.models._recompute import run_recomputed
 
 # Overrides that timm's builder takes for itself; all others go to the model's constructor.
 BUILDER_OPTIONS = (
@@ -47,6 +47,7 @@ class Backbone(nn.Module, ABC):
     head: nn.Module
     feature_info: list[dict[str, Any]]
     grad_checkpointing = False
+    selective_checkpointing = False
 
     @abstractmethod
     def embed(self, image: Tensor) -> Any:
@@ -54,7 +55,7 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def advance(self, carry: Any, index: int) -> Any:
-        """Run block ``index`` on the carry."""
+        """Run block ``index`` on the carry, each of its layers by ``_run``."""
 
     @abstractmethod
     def finish(self, carry: Any) -> Tensor:
@@ -84,7 +85,7 @@ class Backbone(nn.Module, ABC):
         """Return the unpooled features of images (B, in_chans, H, W), after the final norm."""
         carry = self.embed(self._check_image(x))
         for index in range(len(self.feature_info)):
-            carry = self._advance(carry, index)
+            carry = self.advance(carry, index)
         return self.finish(carry)
 
     def forward_intermediates(
@@ -113,7 +114,7 @@ class Backbone(nn.Module, ABC):
         carry = self.embed(self._check_image(x))
         taken = {}
         for index in range(num_blocks):
-            carry = self._advance(carry, index)
+            carry = self.advance(carry, index)
             if index in take:
                 taken[index] = self.feature_map(carry, index, norm)
         maps = [taken[index] for index in take]
@@ -136,9 +137,15 @@ class Backbone(nn.Module, ABC):
         """Return the last linear layer (``nn.Identity`` without classes)."""
         return self.head
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of storing its activations."""
-        self.grad_checkpointing = enable
+    def set_grad_checkpointing(self, enable: bool = True, *, selective: bool = False) -> None:
+        """Recompute each layer in the backward pass instead of storing its activations.
+
+        Args:
+            enable: or store them again.
+            selective: recompute only what is cheap (norms, activations, gates, depthwise convolutions), and store the
+                results of large matrix products, attention and scans.
+        """
+        self.grad_checkpointing, self.selective_checkpointing = enable, selective
 
     def _block_numbers(self, indices: int | Sequence[int] | None) -> list[int]:
         depth = len(self.feature_info)
@@ -149,10 +156,10 @@ class Backbone(nn.Module, ABC):
             raise ValueError(f"block indices {list(indices)}: numbers from {-depth} to {depth - 1} are needed")
         return take
 
-    def _advance(self, carry: Any, index: int) -> Any:
+    def _run(self, layer: nn.Module, *args: Any) -> Any:
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(self.advance, carry, index, use_reentrant=False)
-        return self.advance(carry, index)
+            return run_recomputed(layer, *args, selective=self.selective_checkpointing)
+        return layer(*args)
 
     def _check_image(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.in_chans:

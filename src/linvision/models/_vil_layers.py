@@ -3,6 +3,7 @@
 Activations stay in token layout (B, S, channels) or, the same memory, (B, rows, columns, channels).
 """
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -15,7 +16,7 @@ from linvision.models._fusion import fusible, halves_of, linear_of, unchanged
 from linvision.ops.block_diagonal import BLOCK_SIZE, BlockDiagonal, Gate, block_diagonal
 from linvision.ops.convolution import causal_conv1d, depthwise_conv2d
 from linvision.ops.gated_norm import gated_head_norm
-from linvision.ops.linear import LayerNorm, linear, normalise
+from linvision.ops.linear import LayerNorm, cast_once, linear, normalise
 from linvision.ops.mlstm import mlstm
 from linvision.ops.projected_mlstm import projected_mlstm
 
@@ -118,6 +119,7 @@ class ViLLayer(nn.Module):
             return y if residual is None else residual + y
         # Two products instead of one and a split: x and z come out contiguous, and z not before it is needed.
         x_up, z_up = halves_of(self.proj_up)
+        u = cast_once(u) if norm is None else u
         heads = self._mix(linear(u, x_up, norm=norm), grid)
         if torch.is_grad_enabled() or u.device.type != "cpu":
             y, z = self._gate(*heads, linear(u, z_up, norm=norm)), None
@@ -169,9 +171,9 @@ class ViLBlockPair(nn.Module):
         self.rowwise_from_top_left = from_top_left
         self.rowwise_from_bot_right = from_bottom_right
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Map tokens (B, rows * columns, dim) of a grid (rows, columns)."""
-        return self.rowwise_from_bot_right(self.rowwise_from_top_left(x, grid), grid)
+    def forward(self, x: Tensor, grid: tuple[int, int], run: Callable[..., Tensor]) -> Tensor:
+        """Map tokens (B, rows * columns, dim) of a grid (rows, columns); ``run`` calls a layer with its arguments."""
+        return run(self.rowwise_from_bot_right, run(self.rowwise_from_top_left, x, grid), grid)
 
 
 class PatchEmbed(nn.Module):

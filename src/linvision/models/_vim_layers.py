@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from linvision.models._fusion import call_linear, fusible, halves_of, unchanged
 from linvision.ops.convolution import causal_conv1d
-from linvision.ops.linear import Linear, linear
+from linvision.ops.linear import Linear, cast_once, linear
 from linvision.ops.selective_scan import selective_scan
 
 Directions = Literal["v2", "v1", "forward", "backward"]
@@ -132,6 +132,7 @@ class MambaMixer(nn.Module):
             x, z = self.in_proj(tokens).chunk(2, dim=-1)
             return x, lambda: z
         x_half, z_half = halves_of(self.in_proj)
+        tokens = cast_once(tokens)
         return linear(tokens, x_half), lambda: linear(tokens, z_half)
 
     def _project_out(self, y: Tensor, *, gate: Tensor | None, residual: Tensor | None) -> Tensor:

@@ -6,15 +6,18 @@ parameter that takes no gradient, so that timm's resizing to other image sizes f
 """
 
 import math
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from timm.layers import PatchEmbed
 from timm.models import VisionTransformer, generate_default_cfgs, register_model
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from linvision.models._backbone import Published, build, classifier_cfg, pair, patch_grid, resize_grid
 from linvision.models._checkpoints import StateDict, rename, unwrap
+from linvision.models._recompute import run_recomputed
 from linvision.models.vil_variants import DOWNLOADS
 
 # Released key (a regular expression) -> timm's; the others are shared.
@@ -61,6 +64,18 @@ class CheckedPatchEmbed(PatchEmbed):
         return super().forward(x)
 
 
+class RecomputingBlock(Block):
+    """timm's block, which can recompute in its backward pass what is cheap."""
+
+    selective_checkpointing = False
+
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        """Transform tokens (B, S, D)."""
+        if self.selective_checkpointing and self.training and torch.is_grad_enabled():
+            return run_recomputed(partial(super().forward, **options), x, *args, selective=True)
+        return super().forward(x, *args, **options)
+
+
 class DeiT3(VisionTransformer):
     """timm's VisionTransformer with the fixed position table, for images of any size that the patch divides.
 
@@ -102,6 +117,7 @@ class DeiT3(VisionTransformer):
             drop_rate=drop_rate,
             drop_path_rate=drop_path_rate,
             embed_layer=CheckedPatchEmbed,
+            block_fn=RecomputingBlock,
         )
         self.pos_embed = nn.Parameter(sine_cosine_table(embed_dim, grid).flatten(1, 2), requires_grad=False)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim).normal_(std=0.02))
@@ -115,6 +131,12 @@ class DeiT3(VisionTransformer):
         patch_grid(size, patch, patch)
         super().set_input_size(img_size=size, patch_size=patch)
         self.pos_embed.requires_grad_(False)
+
+    def set_grad_checkpointing(self, enable: bool = True, *, selective: bool = False) -> None:
+        """Recompute each block in the backward pass, with ``selective`` only what is cheap; see ``Backbone``."""
+        super().set_grad_checkpointing(enable and not selective)
+        for block in self.blocks:
+            block.selective_checkpointing = enable and selective
 
     def no_weight_decay(self) -> set[str]:
         """Name the parameters without weight decay (beside the one-dimensional ones)."""

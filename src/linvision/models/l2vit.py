@@ -12,7 +12,8 @@ statistics once.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -20,7 +21,6 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
 from linvision.models._backbone import Backbone, drop_path_rates, pair
 from linvision.models._l2vit_layers import (
@@ -32,6 +32,7 @@ from linvision.models._l2vit_layers import (
     WindowAttention,
     as_image,
 )
+from linvision.models._recompute import run_recomputed
 
 
 class L2ViT(Backbone):
@@ -213,15 +214,12 @@ class L2ViT(Backbone):
         blocks = [(r"^downsample_layers\.(\d+)", (0,)), (r"^stages\.(\d+)\.(\d+)", None), (r"^norm", (99999,))]
         return {"stem": stem, "blocks": blocks}
 
-    def _advance(self, carry: Tensor, index: int) -> Tensor:
-        return self.advance(carry, index)  # a stage is too much to recompute at once: _run does it block by block
-
-    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
+    def _run(self, layer: nn.Module, *args: Any) -> Any:
         if not (self.grad_checkpointing and self.training and torch.is_grad_enabled()):
-            return block(x)
-        if torch.compiler.is_compiling():  # a compiled graph counts the statistics once by itself
-            return checkpoint(block, x, use_reentrant=False)
-        return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_kept(block)))
+            return layer(*args)
+        # A compiled graph counts the statistics once by itself.
+        again = partial(_statistics_kept, layer)
+        return run_recomputed(layer, *args, selective=self.selective_checkpointing, again=again)
 
 
 @contextmanager

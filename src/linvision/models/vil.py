@@ -75,7 +75,9 @@ class _ViL(Backbone):
     def advance(self, carry: Tokens, index: int) -> Tokens:
         """Run block ``index``."""
         x, grid = carry
-        return self.blocks[index](x, grid), grid
+        block = self.blocks[index]
+        x = block(x, grid, self._run) if isinstance(block, ViLBlockPair) else self._run(block, x, grid)
+        return x, grid
 
     def feature_map(self, carry: Tokens, index: int, norm: bool) -> Tensor:
         """Lay tokens out as (B, D, rows, columns)."""

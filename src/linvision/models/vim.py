@@ -184,10 +184,10 @@ class VisionMamba(Backbone):
         if self.layers_per_block == 1:
             if residual is None and (index > 0 or self._may_carry_sums(hidden)):
                 return Stream(cast(VimLayer, self.layers[index]).summed(hidden), None, grid, order)
-            hidden, residual = self.layers[index](hidden, residual)
+            hidden, residual = self._run(self.layers[index], hidden, residual)
             return Stream(hidden, residual, grid, order)
-        hidden_forward, residual_forward = self.layers[2 * index](hidden, residual)
-        hidden_backward, residual_backward = self.layers[2 * index + 1](hidden, residual)
+        hidden_forward, residual_forward = self._run(self.layers[2 * index], hidden, residual)
+        hidden_backward, residual_backward = self._run(self.layers[2 * index + 1], hidden, residual)
         return Stream(hidden_forward + hidden_backward, residual_forward + residual_backward, grid, order)
 
     def finish(self, carry: Stream) -> Tensor:

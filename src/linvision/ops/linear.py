@@ -142,6 +142,11 @@ def project(x: Tensor, layer: Linear) -> Tensor:
     return F.linear(x, layer.weight, _typed(layer.bias, x))
 
 
+def cast_once(x: Tensor) -> Tensor:
+    """Cast x as autocast does for a matrix product, so that several products of x share, and keep, one copy."""
+    return x.to(torch.get_autocast_dtype(x.device.type)) if autocasts(x) and x.dtype != torch.float64 else x
+
+
 def _typed(parameter: Tensor | None, x: Tensor) -> Tensor | None:
     return parameter if parameter is None or autocasts(x) else parameter.to(x.dtype)
 

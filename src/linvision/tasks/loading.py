@@ -1,5 +1,6 @@
 """Models for the commands: built for a data set, or opened by name or run folder with their labels."""
 
+import inspect
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 from linvision.data import Preprocess
 from linvision.errors import UsageError
 from linvision.models import create_model, list_models, load_checkpoint, resolve_name
-from linvision.tasks.options import Device, Precision
+from linvision.tasks.options import Checkpointing, Device, Precision
 from linvision.tasks.run_folder import RunFolder
 
 AUTOCAST = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}
@@ -55,6 +56,22 @@ def check_size(model: nn.Module, preprocess: Preprocess) -> None:
         height, width = preprocess.size
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(f"{type(model).__name__} does not take {height}x{width} images: {reason}") from error
+
+
+def set_checkpointing(model: nn.Module, checkpointing: Checkpointing) -> None:
+    """Let a model recompute activations in the backward pass of its training.
+
+    Raises:
+        UsageError: the model cannot: timm's own know "full" at most.
+    """
+    enable: Any = getattr(model, "set_grad_checkpointing", None)
+    known = ["none"]
+    if enable is not None:
+        known += ["selective", "full"] if "selective" in inspect.signature(enable).parameters else ["full"]
+    if checkpointing not in known:
+        raise UsageError(f"--checkpointing {checkpointing}: {type(model).__name__} knows {' and '.join(known)} only")
+    if checkpointing != "none":
+        enable(**({"selective": True} if checkpointing == "selective" else {}))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from linvision.errors import UsageError
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["32", "bf16", "16"]
+Checkpointing = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class TrainOptions:
         seed: of the weights, the order and the random changes of the images
         device: auto takes a GPU if there is one
         precision: of the matrix products; 16 needs a GPU
+        checkpointing: of activations, which saves memory and changes no result: selective recomputes in the backward
+            pass what is cheap (norms, activations, gates, depthwise convolutions), full everything
         workers: processes that decode images of a folder; default the cores that are there, at most 8
         data_root: folder of downloaded data; default $LINVISION_DATA or ~/.cache/linvision
     """
@@ -99,6 +102,7 @@ class TrainOptions:
     seed: int = 0
     device: Device = "auto"
     precision: Precision = "32"
+    checkpointing: Checkpointing = "none"
     workers: int | None = None
     data_root: str | None = None
 

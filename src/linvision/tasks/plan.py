@@ -11,7 +11,7 @@ from torch import nn
 
 from linvision.data import ArrayData, Batches, FolderData, Preprocess, open_data
 from linvision.models import CheckpointError, create_model, resolve_name
-from linvision.tasks.loading import check_size, choose_device, size_overrides
+from linvision.tasks.loading import check_size, choose_device, set_checkpointing, size_overrides
 from linvision.tasks.options import Recipe, TrainOptions
 
 
@@ -59,6 +59,7 @@ def prepare(options: TrainOptions, *, fresh: bool = True) -> Plan:
         )
     except CheckpointError as error:
         raise CheckpointError(str(error).replace("drop_head=True", "--drop-head")) from error
+    set_checkpointing(model, options.checkpointing)
     preprocess = Preprocess.of_model(model, recipe.img_size)
     if isinstance(data, ArrayData):
         own = options.pretrained or options.checkpoint

@@ -24,8 +24,8 @@ from linvision.tasks.plan import Plan, prepare
 from linvision.tasks.results import finish
 from linvision.tasks.run_folder import ModelCard, RunFolder, check_out, create_run_folder
 
-# What may differ when a run is continued: where it runs, not what it computes.
-MACHINE = ("device", "workers", "data_root")
+# What may differ when a run is continued: where and how it runs, not what it computes.
+MACHINE = ("device", "checkpointing", "workers", "data_root")
 LIGHTNING_PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
 
