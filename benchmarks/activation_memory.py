@@ -18,8 +18,6 @@ from functools import partial
 from itertools import groupby
 from typing import get_args
 
-import torch
-
 from linvision.bench.activations import Activations, count_activations
 from linvision.bench.contenders import Setting
 from linvision.bench.machine import describe_machine, synchronize

@@ -11,6 +11,7 @@ import torch
 
 import linvision
 from linvision.bench import BenchOptions, bench, command, machine, models
+from linvision.bench.activations import count_activations
 from linvision.bench.command import measure_setting
 from linvision.bench.contenders import Lineup, Setting, TrafficCounter, count_flops
 from linvision.bench.measure import alternate, crossover, growth_exponent, is_out_of_memory, ratios, spread
@@ -349,7 +350,7 @@ def test_a_training_step_changes_the_weights(autocast):
     setting = Setting(16, 2, dtype="bfloat16", mode="training", autocast=autocast)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            ModelContender, "_build", lambda *args, build=ModelContender._build: built.append(build(*args)) or built[0]
+            ModelContender, "build", lambda *args, build=ModelContender.build: built.append(build(*args)) or built[0]
         )
         step = contender.prepare(setting)
     ((model, image),) = built
@@ -357,6 +358,17 @@ def test_a_training_step_changes_the_weights(autocast):
     assert image.dtype == (torch.float32 if autocast else torch.bfloat16)
     step()
     assert not torch.equal(model.head.bias, before)
+
+
+@pytest.mark.parametrize("name", [MINI, "deit_tiny_patch16_224"])
+def test_contenders_checkpoint_as_the_setting_says(name):
+    kept = []
+    for checkpointing in ("none", "selective", "full"):
+        setting = Setting(32, 2, mode="training", checkpointing=checkpointing)
+        kept.append(count_activations(*ModelContender(name, "fused").build(setting)))
+    assert kept[0].total > kept[1].total > kept[2].total
+    assert all(one.peak >= one.total for one in kept)
+    assert sum(kept[0].by_block().values()) == kept[0].total == sum(k.bytes * n for k, n in kept[0].by_kind())
 
 
 @pytest.fixture(scope="module")
@@ -417,6 +429,7 @@ def test_a_process_that_is_killed_is_out_of_memory():
         ({"op": "mlstm", "width": 30}, "multiple of 4"),
         ({"op": "mlstm", "compile": True}, "--compile is for models"),
         ({"op": "mlstm", "autocast": True}, "--autocast is for models"),
+        ({"checkpointing": "full"}, "give --modes training"),
         ({"compile": True, "peers": "sequential"}, "leave out --compile"),
         ({"json": True, "markdown": True}, "exclude each other"),
         ({"dtypes": "float16", "device": "cpu"}, "needs a GPU"),

@@ -59,6 +59,20 @@ def test_configuration_starts_the_same_run_again(finished, tmp_path):
     assert metrics(finished) == metrics(tmp_path / "again")
 
 
+def test_checkpointing_changes_no_result(finished, colours, tmp_path):
+    out = tmp_path / "run"
+    assert main(["train", "--data", str(colours), "--out", str(out), *TINY, "--checkpointing", "selective"]) == 0
+    assert same_weights(finished, out)
+    assert yaml.safe_load((out / "config.yaml").read_text())["checkpointing"] == "selective"
+    assert main(["train", "--resume", str(out), "--checkpointing", "full"]) == 0  # on a smaller machine, say
+
+
+def test_checkpointing_that_a_model_does_not_have(colours, capfd):
+    options = ["--data", str(colours), "--model", "resnet18", "--img-size", "32", "--checkpointing", "selective"]
+    assert main(["train", *options]) == 2
+    assert "--checkpointing selective: ResNet does not have it" in capfd.readouterr().err
+
+
 def test_seeds_differ(finished, colours, tmp_path):
     assert main(["train", "--data", str(colours), "--out", str(tmp_path / "a"), *TINY, "--seed", "1"]) == 0
     assert not same_weights(finished, tmp_path / "a")

@@ -61,7 +61,9 @@ class AllocationTracker(TorchDispatchMode):
             storage = tensor.untyped_storage()
             if storage._cdata not in known and storage.nbytes():
                 known.add(storage._cdata)
-                self._follow(storage, Kept(self.block, _name(func), tuple(tensor.shape), tensor.dtype, storage.nbytes()))
+                self._follow(
+                    storage, Kept(self.block, _name(func), tuple(tensor.shape), tensor.dtype, storage.nbytes())
+                )
         return result
 
     def _follow(self, storage: torch.UntypedStorage, made: Kept) -> None:

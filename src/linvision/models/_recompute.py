@@ -1,7 +1,7 @@
 """Activation checkpointing of a block: what is computed again in the backward pass instead of being kept.
 
-Full checkpointing (arXiv 1604.06174) keeps a block's inputs alone. Selective activation checkpointing (arXiv 2205.05198,
-section 5) also keeps what is dear to compute and recomputes what is cheap: norms, activations, gates, casts, depthwise
+Full checkpointing (arXiv 1604.06174) keeps a block's inputs alone. Selective activation checkpointing (arXiv
+2205.05198) also keeps what is dear to compute and recomputes what is cheap: norms, activations, gates, casts, depthwise
 convolutions and block-diagonal projections.
 """
 

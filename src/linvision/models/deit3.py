@@ -135,8 +135,9 @@ class DeiT3(VisionTransformer):
     def set_grad_checkpointing(self, enable: bool = True, *, selective: bool = False) -> None:
         """Recompute each block in the backward pass, with ``selective`` only what is cheap; see ``Backbone``."""
         super().set_grad_checkpointing(enable and not selective)
-        for block in self.blocks:
-            block.selective_checkpointing = enable and selective
+        for block in self.blocks.modules():
+            if isinstance(block, RecomputingBlock):
+                block.selective_checkpointing = enable and selective
 
     def no_weight_decay(self) -> set[str]:
         """Name the parameters without weight decay (beside the one-dimensional ones)."""

@@ -1,6 +1,5 @@
 """Models for the commands: built for a data set, or opened by name or run folder with their labels."""
 
-import inspect
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,16 +61,15 @@ def set_checkpointing(model: nn.Module, checkpointing: Checkpointing) -> None:
     """Let a model recompute activations in the backward pass of its training.
 
     Raises:
-        UsageError: the model cannot: timm's own know "full" at most.
+        UsageError: the model does not have this kind; "selective" is for the package's own.
     """
+    if checkpointing == "none":
+        return
     enable: Any = getattr(model, "set_grad_checkpointing", None)
-    known = ["none"]
-    if enable is not None:
-        known += ["selective", "full"] if "selective" in inspect.signature(enable).parameters else ["full"]
-    if checkpointing not in known:
-        raise UsageError(f"--checkpointing {checkpointing}: {type(model).__name__} knows {' and '.join(known)} only")
-    if checkpointing != "none":
+    try:
         enable(**({"selective": True} if checkpointing == "selective" else {}))
+    except (TypeError, AssertionError) as error:  # timm's way to say so
+        raise UsageError(f"--checkpointing {checkpointing}: {type(model).__name__} does not have it") from error
 
 
 @dataclass(frozen=True)
