@@ -34,7 +34,7 @@ def train(options: TrainOptions) -> int:
     run = None
     if options.resume is not None:
         run = RunFolder(Path(options.resume))
-        options = _resumed_options(options, run)
+        options = resumed_options(options, run)
         run.tidy()
     else:
         check_out(options)
@@ -87,7 +87,7 @@ def fit(classifier: Classifier, plan: Plan, run: RunFolder, recorder: Recorder) 
     trainer.fit(classifier, plan.train, plan.test, ckpt_path=resumed, weights_only=True)
 
 
-def _resumed_options(options: TrainOptions, run: RunFolder) -> TrainOptions:
+def resumed_options(options: TrainOptions, run: RunFolder) -> TrainOptions:
     """Return the run's own options, but for what concerns the machine."""
     unwanted = [name for name in options.given() if name not in ("resume", *MACHINE)]
     if unwanted:
