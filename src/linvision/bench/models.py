@@ -97,7 +97,8 @@ class ModelContender:
         overrides = size_overrides(self.name, setting.size)
         if self.patch_size:
             overrides["patch_size"] = self.patch_size
-        if self.name in DEIT.values():
+        recomputes = setting.checkpointing == "selective" and self.name in DEIT.values()
+        if recomputes:  # timm's blocks know the full kind alone
             overrides["block_fn"] = RecomputingBlock
         with torch.device(setting.device):
             model = create_model(self.name, **overrides)
@@ -105,7 +106,7 @@ class ModelContender:
         for layer in model.modules():
             if self.peer in ("fused", "explicit") and hasattr(layer, "fused_attn"):
                 setattr(layer, "fused_attn", self.peer == "fused")  # noqa: B010 - nn.Module types no plain attributes
-        if setting.checkpointing == "selective" and self.name in DEIT.values():
+        if recomputes:
             for layer in model.modules():
                 if isinstance(layer, RecomputingBlock):
                     layer.selective_checkpointing = True

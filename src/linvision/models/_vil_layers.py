@@ -171,7 +171,7 @@ class ViLBlockPair(nn.Module):
         self.rowwise_from_top_left = from_top_left
         self.rowwise_from_bot_right = from_bottom_right
 
-    def forward(self, x: Tensor, grid: tuple[int, int], run: Callable[..., Tensor]) -> Tensor:
+    def forward(self, x: Tensor, grid: tuple[int, int], run: Callable[..., Tensor] = nn.Module.__call__) -> Tensor:
         """Map tokens (B, rows * columns, dim) of a grid (rows, columns); ``run`` calls a layer with its arguments."""
         return run(self.rowwise_from_bot_right, run(self.rowwise_from_top_left, x, grid), grid)
 
