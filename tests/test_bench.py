@@ -315,7 +315,7 @@ def test_each_model_meets_the_deit_of_its_width():
 def test_explicit_attention_computes_the_same():
     outputs = []
     for peer in ("fused", "explicit"):
-        model, image = ModelContender("deit_tiny_patch16_224", peer, 4)._build(Setting(16, 2))
+        model, image = ModelContender("deit_tiny_patch16_224", peer, 4).build(Setting(16, 2))
         assert {layer.fused_attn for layer in model.modules() if hasattr(layer, "fused_attn")} == {peer == "fused"}
         outputs.append(model(image))
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
