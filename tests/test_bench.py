@@ -5,6 +5,7 @@ import json
 import signal
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from linvision.bench.probe import CPUProbes, Probe, available_memory, interpret_
 from linvision.bench.report import Ratio, Report, Row, as_csv, as_json, crossovers, growth
 from linvision.bench.tables import grids
 from linvision.errors import RunError, UsageError
-from linvision.ops import BackendError, mlstm, mlstm_parallel
+from linvision.ops import BackendError, mlstm_parallel, projected_mlstm
 
 MINI = "vil2_mini_patch4_32"
 OUT_OF_MEMORY = RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
@@ -325,7 +326,12 @@ def test_a_model_runs_with_its_op_in_another_form():
     torch.manual_seed(0)
     model, calls = linvision.create_model(MINI).eval(), []
     image = torch.randn(1, 3, 32, 32)
-    with torch.no_grad(), replaced(model, {mlstm: lambda *x, **kw: calls.append(1) or mlstm_parallel(*x, **kw)}):
+
+    def counted(*tensors, **options):
+        calls.append(1)
+        return mlstm_parallel(*tensors, **options)
+
+    with torch.no_grad(), replaced(model, {projected_mlstm: partial(projected_mlstm, form=counted)}):
         other = model(image)
     assert len(calls) == 4, "the model has four mLSTM layers"
     with torch.no_grad():

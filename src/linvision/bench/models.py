@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from timm.models import split_model_name_tag
@@ -17,6 +18,7 @@ from linvision.ops import (
     mlstm,
     mlstm_parallel,
     mlstm_recurrent,
+    projected_mlstm,
     selective_scan,
     selective_scan_sequential,
     use_backend,
@@ -26,8 +28,12 @@ from linvision.tasks.loading import set_checkpointing, size_overrides
 DEIT = {192: "deit_tiny_patch16_224", 384: "deit_small_patch16_224", 768: "deit_base_patch16_224"}
 BY_WORD = {"tiny": 192, "small": 384, "base": 768}
 FORMS: dict[str, dict[Callable, Callable]] = {
-    "parallel": {mlstm: mlstm_parallel},
-    "sequential": {mlstm: mlstm_recurrent, selective_scan: selective_scan_sequential},
+    "parallel": {mlstm: mlstm_parallel, projected_mlstm: partial(projected_mlstm, form=mlstm_parallel)},
+    "sequential": {
+        mlstm: mlstm_recurrent,
+        projected_mlstm: partial(projected_mlstm, form=mlstm_recurrent),
+        selective_scan: selective_scan_sequential,
+    },
 }
 
 

@@ -6,7 +6,8 @@ Without gradients a CPU projects one chunk at a time, where the mLSTM needs it: 
 ViL layer would keep alive at once, are never written to memory.
 """
 
-from typing import cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ def projected_mlstm(
     i: Gate,
     f: Gate,
     reverse: bool = False,
+    form: Callable[..., Any] = mlstm,
 ) -> Tensor:
     """Project tokens and compute their mLSTM.
 
@@ -37,6 +39,7 @@ def projected_mlstm(
         q, k, v: projections.
         i, f: gates of H heads. All parameters may be of other floating-point types than the tokens.
         reverse: scan from the last token to the first.
+        form: another form of the mLSTM, ``mlstm_parallel`` or ``mlstm_recurrent``, to be called with what is projected.
 
     Returns:
         h (B, S, H, E / H) in c's type.
@@ -51,25 +54,24 @@ def projected_mlstm(
             f"projected_mlstm: needs at least one token and {len(i.bias)} heads of one width but c has shape "
             f"{tuple(c.shape)}"
         )
-    if BODIES.runs_plain(c, i.bias):
-        return _plain(c, x, q, k, v, i, f, reverse)
+    if form is not mlstm or BODIES.runs_plain(c, i.bias):
+        return _plain(c, x, q, k, v, i, f, reverse, form)
     return torch.ops.linvision.projected_mlstm(*arguments, reverse)
 
 
 def _plain(
-    c: Tensor, x: Tensor, q: BlockDiagonal, k: BlockDiagonal, v: BlockDiagonal, i: Gate, f: Gate, reverse: bool
+    c: Tensor,
+    x: Tensor,
+    q: BlockDiagonal,
+    k: BlockDiagonal,
+    v: BlockDiagonal,
+    i: Gate,
+    f: Gate,
+    reverse: bool,
+    form: Callable[..., Any],
 ) -> Tensor:
-    q_tokens, k_tokens, v_tokens, i_gate, f_gate = mlstm_inputs(c, x, q, k, v, i=i, f=f)
-    heads = (len(i.bias), -1)
-    h = mlstm(
-        q_tokens.unflatten(-1, heads),
-        k_tokens.unflatten(-1, heads),
-        v_tokens.unflatten(-1, heads),
-        i_gate,
-        f_gate,
-        reverse=reverse,
-    )
-    return cast(Tensor, h)
+    *tokens, i_gate, f_gate = mlstm_inputs(c, x, q, k, v, i=i, f=f)
+    return form(*(y.unflatten(-1, (len(i.bias), -1)) for y in tokens), i_gate, f_gate, reverse=reverse)
 
 
 BODIES = Dispatcher("projected_mlstm", {"cpp": cpp_projected_mlstm, "plain": Plain(_plain)}, inference_only=True)
