@@ -6,6 +6,7 @@ import signal
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -320,6 +321,15 @@ def test_explicit_attention_computes_the_same():
         assert {layer.fused_attn for layer in model.modules() if hasattr(layer, "fused_attn")} == {peer == "fused"}
         outputs.append(model(image))
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_kernels_of_a_device_are_named(monkeypatch):
+    assert "C++" in machine.kernels_on("cpu")
+    monkeypatch.setattr(machine, "unusable", lambda x: None if x.device.type == "meta" else "not here")
+    if find_spec("triton") is not None:
+        assert machine.kernels_on("meta").startswith("Triton kernels (")
+    monkeypatch.setattr(machine, "unusable", lambda x: "an old GPU")
+    assert machine.kernels_on("meta") == "no Triton kernels: an old GPU"
 
 
 def test_a_model_runs_with_its_op_in_another_form():

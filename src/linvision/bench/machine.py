@@ -2,6 +2,7 @@
 
 import os
 import platform
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import linvision
 from linvision.bench.measure import alternate
 from linvision.ops.backends.cpp import library
+from linvision.ops.backends.triton.device import unusable
 
 MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
 COPIED_BYTES = {"cpu": 2**28, "cuda": 2**31}  # far more than caches hold
@@ -34,8 +36,17 @@ def describe_machine(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "timm": timm.__version__,
         "linvision": linvision.__version__,
-        "kernels": f"C++ kernels for {library.level()}" if library.missing() is None else "no C++ kernels",
+        "kernels": kernels_on(device),
     }
+
+
+def kernels_on(device: str) -> str:
+    """Name the kernels that can run on a device."""
+    if device != "cpu":
+        reason = unusable(torch.empty(0, device=device))
+        version = "" if reason else import_module("triton").__version__
+        return f"no Triton kernels: {reason}" if reason else f"Triton kernels ({version})"
+    return f"C++ kernels for {library.level()}" if library.missing() is None else "no C++ kernels"
 
 
 def cpu_name() -> str:
