@@ -76,8 +76,7 @@ void compute_gates(const QkvForward& args, const FoldedGates& gates, const T* co
 }
 
 template <typename T>
-int32_t forward(const QkvForward& args) {
-  const ProjectionWeights weights(args.weights, args.biases, args.gate_weights, args.width, args.heads);
+int32_t forward(const QkvForward& args, const ProjectionWeights& weights) {
   if (weights.missing()) return kOutOfMemory;
   const FoldedGates gates(args, weights);
   if (gates.missing()) return kOutOfMemory;
@@ -155,7 +154,8 @@ struct Gradients {
 // Carries the gradients dy of one of q, k and v at channels c, ... of a tile, and those of the gates, on to its source
 // and to the weights.
 template <bool kWhole, typename T>
-LINVISION_INLINE void differentiate(const ProjectionWeights& weights, const Gradients& gradients, int p, int64_t c, int n,
+LINVISION_INLINE void differentiate(const ProjectionWeights& weights, const Gradients& gradients, int p, int64_t c,
+                                    int n,
                                     const T* const (&source)[kTokens], const T* const (&dy)[kTokens],
                                     const float (&gates)[kMaxGates][kTokens], int64_t num_gates,
                                     Vec (&d_source)[kTokens]) {
@@ -258,8 +258,12 @@ int32_t backward(const QkvBackward& args) {
 
 }  // namespace
 
+int32_t qkv_forward(const QkvForward& args, const ProjectionWeights& weights) {
+  return args.dtype == kBFloat16 ? forward<BFloat16>(args, weights) : forward<float>(args, weights);
+}
+
 int32_t qkv_forward(const QkvForward& args) {
-  return args.dtype == kBFloat16 ? forward<BFloat16>(args) : forward<float>(args);
+  return qkv_forward(args, ProjectionWeights(args.weights, args.biases, args.gate_weights, args.width, args.heads));
 }
 
 int32_t qkv_backward(const QkvBackward& args) {

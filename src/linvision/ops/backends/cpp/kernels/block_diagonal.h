@@ -44,8 +44,8 @@ class ProjectionWeights {
  public:
   const int64_t stride, num_gates;
 
-  ProjectionWeights(const float* const* weights, const float* const* biases, const float* const* gate_weights, int64_t width,
-          int64_t heads)
+  ProjectionWeights(const float* const* weights, const float* const* biases, const float* const* gate_weights,
+                    int64_t width, int64_t heads)
       : stride(round_up(width, kLanes)),
         num_gates(round_up(2 * heads, kGates)),
         memory_((27 + 3 * num_gates) * stride) {
@@ -92,8 +92,8 @@ LINVISION_INLINE Vec project_back(const ProjectionWeights& weights, int p, int64
   return x;
 }
 
-// In block_diagonal.cpp.
-int32_t qkv_forward(const QkvForward& args);
+// In block_diagonal.cpp: the forward pass with weights that are laid out already.
+int32_t qkv_forward(const QkvForward& args, const ProjectionWeights& weights);
 
 }  // namespace LINVISION_ISA
 }  // namespace linvision

@@ -230,14 +230,6 @@ int32_t forward(const MlstmForward& args, const Tokens& tokens) {
   return status;
 }
 
-template <typename T>
-int32_t forward(const ProjectedMlstmForward& args) {
-  const QkvForward& from = args.projections;
-  const ProjectionWeights weights(from.weights, from.biases, from.gate_weights, from.width, from.heads);
-  if (weights.missing()) return kOutOfMemory;
-  return forward<T>(args.mlstm, ProjectedTokens<T>{from, weights, args.mlstm.head_dim});
-}
-
 }  // namespace
 
 int32_t mlstm_forward(const MlstmForward& args) {
@@ -246,9 +238,13 @@ int32_t mlstm_forward(const MlstmForward& args) {
 }
 
 int32_t projected_mlstm_forward(const ProjectedMlstmForward& args) {
-  const int32_t status = qkv_forward(args.projections);
+  const QkvForward& from = args.projections;
+  const ProjectionWeights weights(from.weights, from.biases, from.gate_weights, from.width, from.heads);
+  const int32_t status = qkv_forward(from, weights);
   if (status != kDone) return status;
-  return args.mlstm.dtype == kBFloat16 ? forward<BFloat16>(args) : forward<float>(args);
+  const int64_t head_dim = args.mlstm.head_dim;
+  return from.dtype == kBFloat16 ? forward<BFloat16>(args.mlstm, ProjectedTokens<BFloat16>{from, weights, head_dim})
+                                 : forward<float>(args.mlstm, ProjectedTokens<float>{from, weights, head_dim});
 }
 
 }  // namespace LINVISION_ISA
