@@ -15,7 +15,14 @@ from torch.utils.flop_counter import register_flop_formula
 
 from linvision.ops._dispatch import Dispatcher, Plain
 from linvision.ops.backends.cpp import projected_mlstm as cpp_projected_mlstm
-from linvision.ops.block_diagonal import BlockDiagonal, Gate, check_mlstm_inputs, mlstm_inputs, mlstm_inputs_flops
+from linvision.ops.block_diagonal import (
+    BlockDiagonal,
+    Gate,
+    MLSTMInputs,
+    check_mlstm_inputs,
+    mlstm_inputs,
+    mlstm_inputs_flops,
+)
 from linvision.ops.mlstm import mlstm, mlstm_flops
 
 
@@ -55,23 +62,13 @@ def projected_mlstm(
             f"{tuple(c.shape)}"
         )
     if form is not mlstm or BODIES.runs_plain(c, i.bias):
-        return _plain(c, x, q, k, v, i, f, reverse, form)
+        return _plain(mlstm_inputs(c, x, q, k, v, i=i, f=f), form, reverse)
     return torch.ops.linvision.projected_mlstm(*arguments, reverse)
 
 
-def _plain(
-    c: Tensor,
-    x: Tensor,
-    q: BlockDiagonal,
-    k: BlockDiagonal,
-    v: BlockDiagonal,
-    i: Gate,
-    f: Gate,
-    reverse: bool,
-    form: Callable[..., Any],
-) -> Tensor:
-    *tokens, i_gate, f_gate = mlstm_inputs(c, x, q, k, v, i=i, f=f)
-    return form(*(y.unflatten(-1, (len(i.bias), -1)) for y in tokens), i_gate, f_gate, reverse=reverse)
+def _plain(inputs: MLSTMInputs, form: Callable[..., Any], reverse: bool) -> Tensor:
+    *tokens, i, f = inputs
+    return form(*(x.unflatten(-1, (i.shape[-1], -1)) for x in tokens), i, f, reverse=reverse)
 
 
 BODIES = Dispatcher("projected_mlstm", {"cpp": cpp_projected_mlstm, "plain": Plain(_plain)}, inference_only=True)
