@@ -40,6 +40,11 @@ def _is_changed(layer: nn.Module) -> bool:
     )
 
 
+def gates_in_products(x: Tensor) -> bool:
+    """Say whether the op of the product that ends a layer gates its input as well: then the gate is computed last."""
+    return x.device.type == "cpu" and not torch.is_grad_enabled()
+
+
 def call_linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """Call a linear layer, or the op that stands for it."""
     return linear(x, linear_of(layer)) if unchanged(layer) else layer(x)

@@ -12,7 +12,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from linvision.models._backbone import resize_grid
-from linvision.models._fusion import fusible, halves_of, linear_of, unchanged
+from linvision.models._fusion import fusible, gates_in_products, halves_of, linear_of, unchanged
 from linvision.ops.block_diagonal import BLOCK_SIZE, BlockDiagonal, Gate, block_diagonal
 from linvision.ops.convolution import causal_conv1d, depthwise_conv2d
 from linvision.ops.gated_norm import gated_head_norm
@@ -121,12 +121,12 @@ class ViLLayer(nn.Module):
         x_up, z_up = halves_of(self.proj_up)
         u = cast_once(u) if norm is None else u
         heads = self._mix(linear(u, x_up, norm=norm), grid)
-        if torch.is_grad_enabled() or u.device.type != "cpu":
-            y, z = self._gate(*heads, linear(u, z_up, norm=norm)), None
-        else:  # proj_down's kernel gates as well, and then the gate need not be alive beside the heads
+        if gates_in_products(u):
             y = self._gate(*heads, None)
-            del heads
+            del heads  # the gate is not to be alive beside them
             z = linear(u, z_up, norm=norm)
+        else:
+            y, z = self._gate(*heads, linear(u, z_up, norm=norm)), None
         return linear(y, linear_of(self.proj_down), gate=z, residual=residual)
 
     def _gate(self, h: Tensor, c: Tensor, z: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from linvision.models._fusion import call_linear, fusible, halves_of, unchanged
+from linvision.models._fusion import call_linear, fusible, gates_in_products, halves_of, unchanged
 from linvision.ops.convolution import causal_conv1d
 from linvision.ops.linear import Linear, cast_once, linear
 from linvision.ops.selective_scan import selective_scan
@@ -118,13 +118,12 @@ class MambaMixer(nn.Module):
             last = (self.A_b_log, self.D)
         del x
         reverse = self.directions != "forward"
-        if torch.is_grad_enabled() or tokens.device.type != "cpu":
-            y = self._scan(projected, *last, reverse=reverse, residual=y, z=project_z())
-            return self._project_out(y, gate=None, residual=residual)
-        # out_proj's kernel gates as well, and then the gate need not be alive in a scan.
-        y = self._scan(projected, *last, reverse=reverse, residual=y)
-        del projected
-        return self._project_out(y, gate=project_z(), residual=residual)
+        if gates_in_products(tokens):
+            y = self._scan(projected, *last, reverse=reverse, residual=y)
+            del projected  # the gate is not to be alive beside it
+            return self._project_out(y, gate=project_z(), residual=residual)
+        y = self._scan(projected, *last, reverse=reverse, residual=y, z=project_z())
+        return self._project_out(y, gate=None, residual=residual)
 
     def _project_in(self, tokens: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
         """Return x (B, S, E) and what computes the gate z when it is needed."""
