@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from linvision.bench.contenders import Lineup, Setting, Step
 from linvision.models import create_model, resolve_name
-from linvision.models.deit3 import RecomputingBlock
+from linvision.models.deit3 import RecomputingBlock, set_selective_checkpointing
 from linvision.ops import (
     mlstm,
     mlstm_parallel,
@@ -113,9 +113,7 @@ class ModelContender:
             if self.peer in ("fused", "explicit") and hasattr(layer, "fused_attn"):
                 setattr(layer, "fused_attn", self.peer == "fused")  # noqa: B010 - nn.Module types no plain attributes
         if recomputes:
-            for layer in model.modules():
-                if isinstance(layer, RecomputingBlock):
-                    layer.selective_checkpointing = True
+            set_selective_checkpointing(model, True)
         else:
             set_checkpointing(model, setting.checkpointing)
         return model.to(dtype).train(setting.mode == "training"), image.to(dtype)

@@ -8,7 +8,9 @@ forward_features, forward_intermediates, pruning and gradient checkpointing, so 
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -158,8 +160,13 @@ class Backbone(nn.Module, ABC):
 
     def _run(self, layer: nn.Module, *args: Any) -> Any:
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-            return run_recomputed(layer, *args, selective=self.selective_checkpointing)
+            again = partial(self._recomputing, layer)
+            return run_recomputed(layer, *args, selective=self.selective_checkpointing, again=again)
         return layer(*args)
+
+    def _recomputing(self, layer: nn.Module) -> AbstractContextManager[None]:
+        """Return the context in which a layer is recomputed; compiled graphs do without."""
+        return nullcontext()
 
     def _check_image(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.in_chans:

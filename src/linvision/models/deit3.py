@@ -76,6 +76,13 @@ class RecomputingBlock(Block):
         return super().forward(x, *args, **options)
 
 
+def set_selective_checkpointing(model: nn.Module, enable: bool) -> None:
+    """Let the blocks of a model, as far as they can, recompute what is cheap."""
+    for block in model.modules():
+        if isinstance(block, RecomputingBlock):
+            block.selective_checkpointing = enable
+
+
 class DeiT3(VisionTransformer):
     """timm's VisionTransformer with the fixed position table, for images of any size that the patch divides.
 
@@ -135,9 +142,7 @@ class DeiT3(VisionTransformer):
     def set_grad_checkpointing(self, enable: bool = True, *, selective: bool = False) -> None:
         """Recompute each block in the backward pass, with ``selective`` only what is cheap; see ``Backbone``."""
         super().set_grad_checkpointing(enable and not selective)
-        for block in self.blocks.modules():
-            if isinstance(block, RecomputingBlock):
-                block.selective_checkpointing = enable and selective
+        set_selective_checkpointing(self, enable and selective)
 
     def no_weight_decay(self) -> set[str]:
         """Name the parameters without weight decay (beside the one-dimensional ones)."""

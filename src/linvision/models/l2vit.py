@@ -12,8 +12,7 @@ statistics once.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -32,7 +31,6 @@ from linvision.models._l2vit_layers import (
     WindowAttention,
     as_image,
 )
-from linvision.models._recompute import run_recomputed
 
 
 class L2ViT(Backbone):
@@ -214,12 +212,8 @@ class L2ViT(Backbone):
         blocks = [(r"^downsample_layers\.(\d+)", (0,)), (r"^stages\.(\d+)\.(\d+)", None), (r"^norm", (99999,))]
         return {"stem": stem, "blocks": blocks}
 
-    def _run(self, layer: nn.Module, *args: Any) -> Any:
-        if not (self.grad_checkpointing and self.training and torch.is_grad_enabled()):
-            return layer(*args)
-        # A compiled graph counts the statistics once by itself.
-        again = partial(_statistics_kept, layer)
-        return run_recomputed(layer, *args, selective=self.selective_checkpointing, again=again)
+    def _recomputing(self, layer: nn.Module) -> AbstractContextManager[None]:
+        return _statistics_kept(layer)  # a compiled graph counts the statistics once by itself
 
 
 @contextmanager
