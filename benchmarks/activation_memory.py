@@ -19,7 +19,7 @@ from itertools import groupby
 from typing import get_args
 
 from linvision.bench.activations import Activations, count_activations
-from linvision.bench.contenders import Setting
+from linvision.bench.contenders import Lineup, Setting
 from linvision.bench.machine import describe_machine, synchronize
 from linvision.bench.measure import alternate, ratios, spread
 from linvision.bench.models import ModelContender, model_lineup
@@ -50,10 +50,10 @@ def main() -> None:
         device=options.device,
         autocast=options.dtype != "float32",
     )
-    contenders = model_lineup(options.models.split(","), ["fused"]).contenders
+    lineup = model_lineup(options.models.split(","), ["fused"])
     counted: dict[tuple[str, str], Activations] = {}
     times = {}
-    for contender in contenders:
+    for contender in lineup.contenders:
         settings = {name: replace(setting, checkpointing=name) for name in get_args(Checkpointing)}
         counted |= {(contender.label, name): count(contender, one) for name, one in settings.items()}
         if options.rounds:
@@ -62,7 +62,7 @@ def main() -> None:
                 steps, rounds=options.rounds, seconds=60, synchronize=partial(synchronize, options.device)
             )
             times |= {(contender.label, name): (taken[name], taken["none"]) for name in steps}
-    print(summary(counted, times, setting).markdown())
+    print(summary(counted, times, setting, lineup).markdown())
     if options.details:
         for (label, name), activations in counted.items():
             print(details(f"{label}, checkpointing {name}", activations).markdown())
@@ -80,12 +80,12 @@ def count(contender: ModelContender, setting: Setting) -> Activations:
     return activations
 
 
-def summary(counted: dict[tuple[str, str], Activations], times: dict, setting: Setting) -> Grid:
+def summary(counted: dict[tuple[str, str], Activations], times: dict, setting: Setting, lineup: Lineup) -> Grid:
     """Lay out the totals: a row a model and kind of checkpointing."""
-    deit = next(activations.total for (label, name), activations in counted.items() if "deit" in label)
     rows = []
     for (label, name), activations in counted.items():
-        cells = [label, name, f"{activations.total / 1e6:.1f}", f"{activations.total / deit:.2f}"]
+        deit = counted[lineup.references[label].get("fused", label), "none"]
+        cells = [label, name, f"{activations.total / 1e6:.1f}", f"{activations.total / deit.total:.2f}"]
         cells += [f"{activations.total / counted[label, 'none'].total:.2f}", f"{activations.peak / 1e6:.1f}"]
         cells.append(block_sizes(activations))
         if times:

@@ -7,14 +7,15 @@ an operator allocates and frees within itself is not seen.
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from linvision.bench.contenders import storage_of, tensors_of
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,11 @@ class AllocationTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Run an operator and follow what it allocates."""
         result = func(*args, **(kwargs or {}))
-        known = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
-        for tensor in _tensors(result):
+        known = {storage_of(tensor) for tensor in tensors_of((args, kwargs))}
+        for tensor in tensors_of(result):
             storage = tensor.untyped_storage()
-            if storage._cdata not in known and storage.nbytes():
-                known.add(storage._cdata)
+            if storage_of(tensor) not in known and storage.nbytes():
+                known.add(storage_of(tensor))
                 self._follow(
                     storage, Kept(self.block, _name(func), tuple(tensor.shape), tensor.dtype, storage.nbytes())
                 )
@@ -151,10 +152,6 @@ def _named_blocks(model: nn.Module, tracker: AllocationTracker) -> Iterator[None
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _tensors(tree: object) -> Iterable[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _name(func: object) -> str:

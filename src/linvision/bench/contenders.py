@@ -119,20 +119,22 @@ class TrafficCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Run an operator and count its inputs and outputs, unless it only makes a view or room."""
         result = func(*args, **(kwargs or {}))
-        read = _tensors((args, kwargs))
-        written = _tensors(result)
-        storages = {_storage(tensor) for tensor in read}
-        is_view = not func._schema.is_mutable and all(_storage(tensor) in storages for tensor in written)
+        read = tensors_of((args, kwargs))
+        written = tensors_of(result)
+        storages = {storage_of(tensor) for tensor in read}
+        is_view = not func._schema.is_mutable and all(storage_of(tensor) in storages for tensor in written)
         if not is_view and "empty" not in func.name():
             self.bytes += sum(map(_occupied, read)) + sum(map(_occupied, written))
         return result
 
 
-def _tensors(tree: object) -> list[torch.Tensor]:
+def tensors_of(tree: object) -> list[torch.Tensor]:
+    """Return the tensors of a tree, each once."""
     return list({id(leaf): leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)}.values())
 
 
-def _storage(tensor: torch.Tensor) -> int:
+def storage_of(tensor: torch.Tensor) -> int:
+    """Return what tells a tensor's storage from others."""
     return tensor.untyped_storage()._cdata
 
 
