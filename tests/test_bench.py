@@ -26,17 +26,9 @@ from linvision.bench.tables import grids
 from linvision.errors import RunError, UsageError
 from linvision.ops import BackendError, mlstm_parallel, projected_mlstm
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 MINI = "vil2_mini_patch4_32"
 OUT_OF_MEMORY = RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Keep to one thread: the models here are too small for more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class FakeTime:

@@ -13,6 +13,7 @@ from linvision.models.vil import VisionLSTM, VisionLSTM2
 from linvision.models.vim import VisionMamba
 from linvision.ops.mlstm import BODIES
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 DIM = 64  # from which the products of a layer are kept
 SIDE, TOKENS = 32, 64
 OPTIONS = {"img_size": SIDE, "patch_size": 4, "num_classes": 3}
@@ -23,15 +24,6 @@ FAMILIES = {
     "l2vit": lambda depth, **options: L2ViT((2 * depth,), (DIM,), num_heads=(2,), window_size=4, **options),
     "deit3": lambda depth, **options: DeiT3(**OPTIONS, embed_dim=DIM, depth=depth, num_heads=2, **options),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Keep to one thread: the models here are too small for more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(family: str, depth: int, **options) -> torch.nn.Module:
