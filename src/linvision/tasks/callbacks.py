@@ -68,6 +68,49 @@ class EpochSeed(Callback):
         pl.seed_everything(epoch_seed(self.seed, trainer.current_epoch) % 2**32, verbose=False)
 
 
+class Interruption(Callback):
+    """Ends a run between two batches after a signal, and at once after a second one.
+
+    A handler that raised would not always be heard: Python drops what is raised inside a finaliser.
+    """
+
+    def __init__(self):
+        self._number: int | None = None
+
+    def note(self, number: int, frame: Any) -> None:
+        """Take a signal, as its handler."""
+        again = self._number is not None
+        self._number = number
+        if again:
+            self.obey()
+
+    def obey(self) -> None:
+        """End the run if a signal came.
+
+        Raises:
+            SystemExit: with the code of a process that the signal ended, 128 and its number.
+        """
+        if self._number is not None:
+            raise SystemExit(128 + self._number)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Obey before a training step."""
+        self.obey()
+
+    def on_validation_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Obey before a batch is evaluated."""
+        self.obey()
+
+
 class Recorder(Callback):
     """Writes a line of metrics.csv and the weights after each epoch, and last of all the state to resume from.
 

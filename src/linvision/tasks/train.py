@@ -14,7 +14,14 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from linvision.errors import UsageError
-from linvision.tasks.callbacks import AtomicCheckpointIO, EpochSeed, Recorder, Reporter, read_metrics
+from linvision.tasks.callbacks import (
+    AtomicCheckpointIO,
+    EpochSeed,
+    Interruption,
+    Recorder,
+    Reporter,
+    read_metrics,
+)
 from linvision.tasks.classify import Classifier
 from linvision.tasks.console import duration, notes, output
 from linvision.tasks.evaluate import Measured
@@ -49,14 +56,14 @@ def train(options: TrainOptions) -> int:
         plan.model, plan.recipe, num_classes=len(plan.data.classes), steps_per_epoch=len(plan.train)
     )
     recorder = Recorder(run)
-    with _resumable(run):
-        fit(classifier, plan, run, recorder)
+    with _resumable(run) as interruption:
+        fit(classifier, plan, run, recorder, interruption)
     measured = finish(classifier, plan, run, recorder)
     _tell(plan, run, recorder, measured)
     return 0
 
 
-def fit(classifier: Classifier, plan: Plan, run: RunFolder, recorder: Recorder) -> None:
+def fit(classifier: Classifier, plan: Plan, run: RunFolder, recorder: Recorder, interruption: Interruption) -> None:
     """Train, from where the run's folder stands."""
     resumed = str(run.state) if run.state.is_file() else None
     steps = len(plan.train)
@@ -73,7 +80,12 @@ def fit(classifier: Classifier, plan: Plan, run: RunFolder, recorder: Recorder) 
         precision=LIGHTNING_PRECISION[plan.options.precision],
         max_epochs=plan.recipe.epochs,
         gradient_clip_val=plan.recipe.clip_grad or None,
-        callbacks=[EpochSeed(plan.train, plan.options.seed), recorder, Reporter(recorder, plan.recipe.epochs)],
+        callbacks=[
+            interruption,
+            EpochSeed(plan.train, plan.options.seed),
+            recorder,
+            Reporter(recorder, plan.recipe.epochs),
+        ],
         plugins=[AtomicCheckpointIO()],
         logger=logger,
         log_every_n_steps=min(50, steps),
@@ -98,35 +110,29 @@ def resumed_options(options: TrainOptions, run: RunFolder) -> TrainOptions:
 
 
 @contextmanager
-def _resumable(run: RunFolder) -> Iterator[None]:
+def _resumable(run: RunFolder) -> Iterator[Interruption]:
     """Let SIGTERM and Ctrl-C end a run in order, and say how to go on; keep Lightning's notices to itself."""
-    main_thread = threading.current_thread() is threading.main_thread()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def stop(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    if main_thread:
-        signal.signal(signal.SIGTERM, stop)
+    interruption = Interruption()
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {number: signal.signal(number, interruption.note) for number in (signal.SIGINT, signal.SIGTERM)}
     levels = {name: logging.getLogger(name).level for name in ("pytorch_lightning", "lightning_fabric")}
     for name in levels:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
-            yield
-    except (SystemExit, KeyboardInterrupt) as error:
+            yield interruption
+        interruption.obey()
+    except SystemExit:
         notes().print(f"stopped; continue with: linvision train --resume {run.path}", markup=False)
-        # Lightning turns Ctrl-C into an exit with code 1.
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
+        interruption.obey()  # Lightning's own exit after SIGTERM has another code
         raise
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
-        if main_thread:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _headline(plan: Plan, run: RunFolder) -> str:
