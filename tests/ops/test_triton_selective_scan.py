@@ -33,13 +33,29 @@ def assert_kernels_agree(inputs: dict[str, Tensor], *, reverse: bool) -> None:
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(
     ("num_tokens", "num_states", "width", "options"),
-    [(1, 1, 6, True), (16, 3, 40, False), (33, 16, 6, True), (19, 17, 3, True), (65, 64, 2, True)],
+    [(1, 1, 6, True), (16, 3, 40, False), (18, 16, 40, True), (33, 16, 6, True), (19, 17, 3, True), (65, 64, 2, True)],
 )
 def test_kernels_agree_with_the_definition(num_tokens, num_states, width, options, reverse):
     inputs = random_inputs(
         num_tokens, width=width, batch=1, num_states=num_states, dtype=torch.float32, options=options
     )
     assert_kernels_agree(inputs, reverse=reverse)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("place", [0, 18])
+@pytest.mark.parametrize("name", ["u", "delta", "B", "C", "z"])
+def test_nan_reaches_what_it_must_and_no_more(name, place, reverse):
+    inputs = random_inputs(19, width=3, batch=1, num_states=3, dtype=torch.float32)
+    inputs[name][:, place, 1] = torch.nan
+    y, state, expected = gradients(selective_scan_sequential, inputs, reverse=reverse)
+    with use_backend("triton"):
+        on_device = {key: x.to(DEVICE) for key, x in inputs.items()}
+        our_y, our_state, ours = gradients(selective_scan, on_device, reverse=reverse)
+    expected |= {"y": y, "state": state}
+    ours |= {"y": our_y, "state": our_state}
+    for key, x in expected.items():
+        assert torch.equal(ours[key].isnan().cpu(), x.isnan()), key
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

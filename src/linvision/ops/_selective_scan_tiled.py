@@ -41,7 +41,7 @@ DEVICE_TILE = 16 * 1024 * 1024
 
 def interval(num_states: int) -> int:
     """Count the tokens of a segment, such that the states between segments are no more than (B, S, E)."""
-    return max(16, num_states)
+    return max(16, 16 * math.ceil(num_states / 16))
 
 
 @dataclass(frozen=True)

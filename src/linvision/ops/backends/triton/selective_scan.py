@@ -17,14 +17,13 @@ DEVICE = "cuda"
 MAX_STATES = 256
 CHANNELS = 32  # of a program: a warp's threads. Where a warp has 64, as on AMD, 64: either is right, this is fast
 STATES_OF_WARP = 16  # above these, warps share the states
-UNROLL = 4  # tokens of a tile
+FORWARD_TILE, BACKWARD_TILE = 2, 2  # tokens; two of the first and one of the second divide an interval
 PER_TOKEN = ("u", "delta", "z", "residual")
 GRADIENTS = (
     "u",
     "delta",
     "A",
-    "B",
-    "C",
+    "BC",
     "D",
     "z",
     "delta_bias",
@@ -51,13 +50,13 @@ def forward(inputs: Inputs, initial_state: Tensor | None, keep_states: bool) -> 
     (batch, num_tokens, width), num_states = inputs.u.shape, inputs.A.shape[0]
     num_intervals = -(-num_tokens // interval(num_states))
     y = torch.empty(inputs.u.shape, dtype=inputs.u.dtype, device=inputs.u.device)
-    final = inputs.A.new_empty(batch, width, num_states)
+    final = inputs.A.new_empty(batch, num_states, width)
     kept = inputs.A.new_empty(num_intervals if keep_states else 0, batch, num_states, width)
     tensors, strides = _arguments(inputs)
-    start = final if initial_state is None else initial_state.contiguous()
+    start = final if initial_state is None else initial_state.mT.contiguous()
     launch(
         forward_kernel,
-        batch * num_blocks(inputs),
+        batch * _num_blocks(width),
         *tensors,
         *(start, y, final, kept),
         *(num_tokens, num_intervals, width),
@@ -65,9 +64,10 @@ def forward(inputs: Inputs, initial_state: Tensor | None, keep_states: bool) -> 
         START=initial_state is not None,
         KEEP=keep_states,
         like=inputs.u,
+        UNROLL=FORWARD_TILE,
         **_options(inputs),
     )
-    return y, final, kept
+    return y, final.mT.contiguous(), kept
 
 
 def backward(inputs: Inputs, kept: Tensor, dy: Tensor, d_final: Tensor) -> dict[str, Tensor]:
@@ -75,44 +75,48 @@ def backward(inputs: Inputs, kept: Tensor, dy: Tensor, d_final: Tensor) -> dict[
     from linvision.ops.backends.triton.selective_scan_kernels import backward_kernel
 
     (batch, num_tokens, width), num_states = inputs.u.shape, inputs.A.shape[0]
+    num_blocks = _num_blocks(width)
     given = {name: x for name, x in vars(inputs).items() if isinstance(x, Tensor)}
     shapes: dict[str, tuple[int, ...]] = {
-        **dict.fromkeys(PER_TOKEN, (batch, num_tokens, width)),
-        **{name: (num_blocks(inputs), batch, num_tokens, num_states) for name in ("B", "C")},
         **dict.fromkeys(("D", "delta_bias"), (batch, width)),
         "A": (batch, num_states, width),
+        "BC": (num_blocks, batch, num_tokens, 2, num_states),
     }
     parts = {
-        name: x.new_empty(shapes[name], dtype=x.dtype if name in PER_TOKEN else torch.float32)
+        name: torch.empty_like(x, memory_format=torch.contiguous_format)
         for name, x in given.items()
+        if name in PER_TOKEN
     }
-    parts["initial_state"] = torch.empty(d_final.shape, dtype=torch.float32, device=d_final.device)
+    parts |= {name: inputs.A.new_empty(shape) for name, shape in shapes.items() if name in given or name == "BC"}
+    parts["initial_state"] = inputs.A.new_empty(batch, num_states, width)
     tensors, strides = _arguments(inputs)
     dy = with_unit_stride(dy)
-    tiles = -(-interval(num_states) // UNROLL)
+    tiles = interval(num_states) // BACKWARD_TILE
     unused = parts["u"]
     launch(
         backward_kernel,
-        batch * num_blocks(inputs),
+        batch * num_blocks,
         *tensors,
-        *(kept, dy, d_final.contiguous()),
+        *(kept, dy, d_final.mT.contiguous()),
         *(parts.get(name, unused) for name in GRADIENTS),
         inputs.A.new_empty(tiles, batch, num_states, width),
         *(num_tokens, len(kept), width),
         *strides,
         *dy.stride()[:2],
         like=inputs.u,
+        UNROLL=BACKWARD_TILE,
         **_options(inputs),
     )
+    parts["B"], parts["C"] = parts.pop("BC").unbind(3)
+    parts["initial_state"] = parts["initial_state"].mT.contiguous()
     for name in ("A", "B", "C", "D", "delta_bias"):
         if name in parts:
-            parts[name] = parts[name].sum(0).to(given[name].dtype)
-    return parts
+            parts[name] = parts[name].sum(0)
+    return {name: gradient.to(given.get(name, gradient).dtype) for name, gradient in parts.items()}
 
 
-def num_blocks(inputs: Inputs) -> int:
+def _num_blocks(width: int) -> int:
     """Count the programs that share the channels of a sequence."""
-    width = inputs.u.shape[2]
     return -(-width // _channels(width))
 
 
@@ -123,12 +127,12 @@ def _channels(width: int) -> int:
 def _arguments(inputs: Inputs) -> tuple[list[Tensor], list[int]]:
     """Return the tensors that both kernels read, something harmless for those not given, and the tokens' strides."""
     z, residual = (_given(x, inputs.u) for x in (inputs.z, inputs.residual))
-    u, delta, B, C, z, residual = (
-        with_unit_stride(x) for x in (inputs.u, inputs.delta, inputs.B, inputs.C, z, residual)
-    )
+    u, delta, z, residual = (with_unit_stride(x) for x in (inputs.u, inputs.delta, z, residual))
+    # B and C are small, but every thread reads them: side by side, and in the type that they are used in.
+    BC = torch.stack((inputs.B, inputs.C), 2).float()
     D, bias = (_given(x, inputs.A).contiguous() for x in (inputs.D, inputs.delta_bias))
-    strides = [stride for x in (u, delta, B, C, z, residual) for stride in x.stride()[:2]]
-    return [u, delta, inputs.A, B, C, D, z, bias, residual], strides
+    strides = [stride for x in (u, delta, z, residual) for stride in x.stride()[:2]]
+    return [u, delta, inputs.A, BC, D, z, bias, residual], strides
 
 
 def _given(x: Tensor | None, other: Tensor) -> Tensor:
@@ -143,7 +147,6 @@ def _options(inputs: Inputs) -> dict[str, int | bool]:
         "ROWS": rows,
         "CHANNELS": _channels(inputs.u.shape[2]),
         "EVERY": interval(num_states),
-        "UNROLL": UNROLL,
         "SOFTPLUS": inputs.delta_softplus,
         "REVERSE": inputs.reverse,
         "SKIP": inputs.D is not None,
