@@ -10,11 +10,12 @@ of the time; OUT/gpu.json and OUT/gpu.md are written after every row:
   head widths, numbers of states, odd lengths, both directions, states, three types, more than 2^31 elements.
 - graphs: kernels and whole models captured into a CUDA graph.
 - training: 300 steps on scikit-learn's digits in bfloat16 and in float16 with scaling beside those in float32.
-- kernels: time against the floor, the larger of bytes / bandwidth and operations / rate, both rates measured on the
-  card; and against fused attention and those peers that can be imported (mlstm_kernels, flash-linear-attention).
+- kernels: time, of replays of CUDA graphs, against the floor, the largest of bytes / bandwidth, operations / rate and
+  exponentials / rate, all rates measured on the card; and against fused attention and those peers that can be imported
+  (mlstm_kernels, flash-linear-attention).
 - models: ViL and Vim against timm's DeiT of their width with flash attention and with attention matrices, 224 ... 2048
   pixels, inference and training step, time and memory.
-- compiled: tiny models and their DeiT through torch.compile, for as long as time is left.
+- compiled: tiny models and their DeiT through torch.compile with CUDA graphs, for as long as time is left.
 - sanitizer, on request: a few small launches, for NVIDIA's compute-sanitizer to watch:
   ``compute-sanitizer --target-processes all python benchmarks/gpu_verification.py --only sanitizer``
 

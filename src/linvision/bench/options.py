@@ -49,7 +49,7 @@ class BenchOptions:
         threads: of the CPU; default PyTorch's own choice
         max_memory: GiB that a contender may take on a CPU, its weights included; default 80 % of what is free
         autocast: keep float32 weights and let autocast choose where the type applies, instead of casting all
-        compile: compile the models with torch.compile
+        compile: compile the models with torch.compile, on a GPU with CUDA graphs
         checkpointing: of activations in training: selective recomputes in the backward pass what is cheap, full
             everything
         backend: of the ops: auto (the fastest that can run), triton, cpp or plain
