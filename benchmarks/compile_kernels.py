@@ -3,8 +3,9 @@
     python benchmarks/compile_kernels.py                                            # everything
     python benchmarks/compile_kernels.py --targets sm_90 --widths 96 --states 16 --types bfloat16
 
-A row a kernel and target: shared memory of a block beside the most that the card gives one, registers of a thread, and
-the bytes of its stack, which is where registers that do not suffice are spilled. The exit code says whether all fit.
+A row a kernel and target: shared memory of a block beside the most that the card gives one, registers of a thread, the
+bytes of its stack, which is where registers that do not suffice are spilled, and the instructions of its longest
+innermost loop (NVIDIA; of the scan, a tile of tokens or two). The exit code says whether all fit.
 """
 
 # ruff: noqa: T201  (a script speaks by printing)
@@ -28,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from linvision.ops._selective_scan_tiled import Inputs, interval
-from linvision.ops.backends.triton import device, mlstm, selective_scan
+from linvision.ops.backends.triton import convolution, device, mlstm, selective_scan
 
 KIB = 1024
 # The most shared memory that a block may have; of all of a generation, the least.
@@ -120,9 +121,23 @@ def scan_launches(dtype: torch.dtype, num_states: int, target: GPUTarget) -> lis
     return launches_of(run, selective_scan, target)
 
 
+def convolution_launches(dtype: torch.dtype, kernel: tuple[int, int], target: GPUTarget) -> list[Launch]:
+    """List the kernels of a forward and a backward pass, causal where the kernel has one row."""
+    with torch.device("meta"):
+        x = torch.empty(2, 28, TOKENS // 28, 384, dtype=dtype)
+        weight, bias = torch.empty(384, 1, *kernel), torch.empty(384)
+    options = {"causal": kernel[0] == 1, "silu": True, "reverse": True}
+
+    def run() -> None:
+        convolution.forward(x, weight, bias, **options)
+        convolution.backward(x, x, weight, bias, **options)
+
+    return launches_of(run, convolution, target)
+
+
 @dataclass(frozen=True)
 class Row:
-    """What a kernel takes: bytes of shared memory and of stack, registers."""
+    """What a kernel takes: bytes of shared memory and of stack, registers, instructions of its longest loop."""
 
     target: str
     case: str
@@ -131,6 +146,7 @@ class Row:
     limit: int
     registers: int | None
     stack: int | None
+    loop: int | None
 
     @property
     def fits(self) -> bool:
@@ -150,24 +166,46 @@ def measure(target_name: str, case: str, launches: list[Launch]) -> Iterator[Row
             yield Row(target_name, case, name, compiled.metadata.shared, limit, *usage(compiled))
 
 
-def usage(compiled: Any) -> tuple[int | None, int | None]:
-    """Return registers and bytes of stack of a thread."""
+def usage(compiled: Any) -> tuple[int | None, int | None, int | None]:
+    """Return registers and bytes of stack of a thread, and the instructions of the longest innermost loop."""
     if "amdgcn" in compiled.asm:
         text = compiled.asm["amdgcn"]
         found = [re.search(rf"\.{name}:\s+(\d+)", text) for name in ("vgpr_count", "private_segment_fixed_size")]
+        loop = None
     else:
         with TemporaryDirectory() as folder:
             file = Path(folder) / "kernel.cubin"
             file.write_bytes(compiled.asm["cubin"])
-            tool = triton.knobs.nvidia.cuobjdump.path
-            text = subprocess.run([tool, "--dump-resource-usage", file], capture_output=True, text=True).stdout
+            text, code = (disassemble(file, option) for option in ("--dump-resource-usage", "--dump-sass"))
         found = [re.search(rf"{name}:(\d+)", text) for name in ("REG", "STACK")]
+        loop = longest_loop(code)
     registers, stack = (None if match is None else int(match[1]) for match in found)
-    return registers, stack
+    return registers, stack, loop
+
+
+def disassemble(file: Path, option: str) -> str:
+    """Ask CUDA's tool, which Triton brings along."""
+    return subprocess.run([triton.knobs.nvidia.cuobjdump.path, option, file], capture_output=True, text=True).stdout
+
+
+def longest_loop(code: str) -> int | None:
+    """Count the instructions from the target of a branch backwards to the branch, of loops that hold no other."""
+    places = [int(place, 16) for place in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/", code, re.MULTILINE)]
+    branches = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d\s+)?BRA\S*\s.*?(0x[0-9a-f]+)", code, re.MULTILINE)
+    loops = [(int(to, 16), int(at, 16)) for at, to in branches if int(to, 16) < int(at, 16)]
+    inner = [
+        one for one in loops if not any(one != other and one[0] <= other[0] < other[1] <= one[1] for other in loops)
+    ]
+    return max((sum(first <= place <= last for place in places) for first, last in inner), default=None)
 
 
 def rows(
-    targets: list[str], types: list[str], widths: list[int], states: list[int], handed_over: tuple[bool, ...]
+    targets: list[str],
+    types: list[str],
+    widths: list[int],
+    states: list[int],
+    kernels: list[tuple[int, int]],
+    handed_over: tuple[bool, ...],
 ) -> Iterator[Row]:
     """Measure all combinations; ``handed_over``: whether the mLSTM starts from a state and returns one."""
     for name in targets:
@@ -180,6 +218,9 @@ def rows(
                     yield from measure(name, case, mlstm_launches(dtype, width, with_state, target))
             for number in states:
                 yield from measure(name, f"scan {type_name} N={number}", scan_launches(dtype, number, target))
+            for kernel in kernels:
+                case = f"convolution {type_name} {kernel[0]}x{kernel[1]}"
+                yield from measure(name, case, convolution_launches(dtype, kernel, target))
 
 
 def main() -> int:
@@ -191,6 +232,7 @@ def main() -> int:
         "--widths", default="48,96,192,384", help="channels of the mLSTM's heads, by commas, or nothing"
     )
     parser.add_argument("--states", default="1,16,64", help="states of the scan's channels, by commas, or nothing")
+    parser.add_argument("--kernels", default="3x3,1x4", help="sides of convolutions, by commas, or nothing")
     parser.add_argument("--stateless", action="store_true", help="no mLSTM that starts from a state and returns one")
     parser.add_argument("--json", action="store_true", help="a line of JSON a row")
     options = parser.parse_args()
@@ -200,15 +242,19 @@ def main() -> int:
     if device.interpreted():
         parser.error("TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it")
     widths, states = ([int(n) for n in text.split(",") if n] for text in (options.widths, options.states))
+    kernels = [(int(a), int(b)) for a, b in (text.split("x") for text in options.kernels.split(",") if text)]
     handed_over = (False,) if options.stateless else (False, True)
     fit = True
-    for row in rows(targets, options.types.split(","), widths, states, handed_over):
+    for row in rows(targets, options.types.split(","), widths, states, kernels, handed_over):
         fit = fit and row.fits
         if options.json:
             print(json.dumps(asdict(row)), flush=True)
         else:
             taken = f"{row.shared / KIB:6.1f} of {row.limit // KIB:3} KiB{'' if row.fits else ' TOO MUCH'}"
-            print(f"{row.target:7} {row.case:34} {row.kernel:22} {taken}, registers {row.registers}, stack {row.stack}")
+            print(
+                f"{row.target:7} {row.case:34} {row.kernel:22} {taken}, registers {row.registers}, stack {row.stack}, "
+                f"loop {row.loop}"
+            )
     return 0 if fit else 1
 
 

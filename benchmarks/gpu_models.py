@@ -1,28 +1,23 @@
 """What ``gpu_verification.py`` does with whole models: how fast they are, compiled or not, and what they learn."""
 
-import math
 from collections.abc import Iterator
+from itertools import islice
 from statistics import mean
 from typing import Any
 
 import torch
-from gpu_kernels import DEVICE, SMOKE, TYPES, Case, Row
-from sklearn.datasets import load_digits
-from torch.nn.functional import cross_entropy, interpolate
+from gpu_kernels import DEVICE, SMOKE, Case, Row
+from mixed_precision import distance, follows, train
 
-from linvision import create_model
 from linvision.bench.command import measure_setting
 from linvision.bench.contenders import Setting, count_flops
 from linvision.bench.machine import synchronize
 from linvision.bench.measure import alternate
 from linvision.bench.models import model_lineup
 from linvision.bench.probe import Probe, gpu_probe
-from linvision.ops import use_backend
 
-SIDE = 8 if SMOKE else 32  # of the digits, in pixels
 NAMES = ["vil2_tiny_patch16_224", "vim_tiny_patch16_224", "vil2_small_patch16_224", "vim_small_patch16_224"]
 SIZES = [224, 1248, 768, 2048, 512]  # pixels, what matters most first
-BOUND = 0.25  # between means of 25 losses, in float32 and in half precision: batches differ by as much
 STEPS = 1 if SMOKE else 300
 PRECISIONS = ["float32", "float16"] if SMOKE else ["float32", "bfloat16", "float16"]
 
@@ -90,41 +85,16 @@ def training() -> Iterator[Case]:
 
 def learn_in_precisions(name: str) -> Iterator[Row]:
     """Hold the losses of half precision against those of float32."""
+    overrides: dict[str, Any] = {"img_size": 8, "depth": 1, "batch_size": 1} if SMOKE else {}
     reference: list[float] = []
     for precision in PRECISIONS:
-        losses = learn_digits(name, precision)
+        losses = list(islice(train(name, precision, "triton", **overrides), STEPS))
         reference = reference or losses
-        away = [abs(mean(losses[n : n + 25]) - mean(reference[n : n + 25])) for n in range(0, len(losses), 25)]
         yield {
             "precision": precision,
             "first loss": losses[0],
             "last losses": mean(losses[-50:]),
-            "furthest from float32": max(away),
-            "right": all(map(math.isfinite, losses)) and max(away) < BOUND,
+            "furthest from float32": distance(losses, reference),
+            "right": follows(losses, reference),
             "losses": [round(loss, 4) for loss in losses[::10]],
         }
-
-
-def learn_digits(name: str, precision: str) -> list[float]:
-    """Train with AdamW; float16 with loss scaling, weights always float32."""
-    torch.manual_seed(0)
-    pixels, labels = load_digits(return_X_y=True)
-    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
-    images = interpolate(images, size=SIDE, mode="bilinear").expand(-1, 3, -1, -1).to(DEVICE)
-    targets = torch.tensor(labels).to(DEVICE)
-    overrides: dict[str, Any] = {"img_size": SIDE, "depth": 1} if SMOKE else {}
-    model = create_model(name, **overrides).to(DEVICE).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
-    scaler = torch.amp.GradScaler(DEVICE, enabled=precision == "float16")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    batch_size, losses = 1 if SMOKE else 64, []
-    for step in range(STEPS):
-        batch = order[torch.arange(step * batch_size, (step + 1) * batch_size, device=DEVICE) % len(order)]
-        with torch.autocast(DEVICE, TYPES[precision], enabled=precision != "float32"), use_backend("triton"):
-            loss = cross_entropy(model(images[batch]).float(), targets[batch])
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        losses.append(loss.detach())
-    return torch.stack(losses).tolist()

@@ -9,7 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from time import perf_counter
 
 import torch
-from gpu_kernels import DEVICE, SMOKE, Case, Row, correctness, graphs, kernels, sanitizer
+from gpu_correctness import correctness, graphs, sanitizer
+from gpu_kernels import DEVICE, SMOKE, Case, Row, kernels
 from gpu_models import compiled, models, training
 
 from linvision.bench.machine import describe_machine

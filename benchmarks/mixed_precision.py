@@ -43,7 +43,9 @@ BOUND = 0.25  # between these means in float32 and in half precision: batches di
 Losses = list[float]
 
 
-def train(name: str, precision: str, backend: str, **overrides: Any) -> Iterator[float]:
+def train(
+    name: str, precision: str, backend: str, *, batch_size: int = BATCH_SIZE, **overrides: Any
+) -> Iterator[float]:
     """Train with AdamW for as long as losses are asked for."""
     torch.manual_seed(0)
     pixels, labels = load_digits(return_X_y=True)
@@ -57,14 +59,14 @@ def train(name: str, precision: str, backend: str, **overrides: Any) -> Iterator
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     first = 0
     while True:
-        batch = order[torch.arange(first, first + BATCH_SIZE, device=DEVICE) % len(order)]
+        batch = order[torch.arange(first, first + batch_size, device=DEVICE) % len(order)]
         with torch.autocast(DEVICE, TYPES[precision], enabled=precision != "float32"), use_backend(backend):
             loss = cross_entropy(model(images[batch]).float(), targets[batch])
             optimizer.zero_grad()
             scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        first += BATCH_SIZE
+        first += batch_size
         yield loss.item()
 
 

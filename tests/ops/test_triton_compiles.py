@@ -25,6 +25,7 @@ KERNELS = {
         "gate_gradients_kernel",
     },
     "scan": {"forward_kernel", "backward_kernel"},
+    "convolution": {"forward_kernel", "sums_kernel"},
 }
 
 
@@ -40,3 +41,6 @@ def test_the_kernels_of_the_tiny_models_fit_into_a_gpu(target, tmp_path):
         assert {row["kernel"] for row in rows if row["case"].startswith(op)} == kernels
     assert max(row["shared"] for row in rows) <= 99 * KIB  # what a block gets on sm_86 and sm_89, the least of all
     assert max(row["registers"] for row in rows) <= 255
+    scan = {row["kernel"]: row for row in rows if row["case"].startswith("scan")}
+    assert {row["shared"] for row in scan.values()} == {0}  # threads have channels of their own, and exchange no more
+    assert scan["forward_kernel"]["loop"] < 1000  # four tokens; half as much again where states are spread over threads

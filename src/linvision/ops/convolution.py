@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from linvision.ops._dispatch import Dispatcher, Plain
 from linvision.ops.backends.cpp import convolution as cpp_convolution
+from linvision.ops.backends.triton import convolution as triton_convolution
 
 Activation = Literal["silu"] | None
 
@@ -107,7 +108,9 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool, silu: b
     return (F.silu(y) if silu else y).to(x.dtype)
 
 
-BODIES = Dispatcher("depthwise convolution", {"cpp": cpp_convolution, "plain": Plain(_plain)})
+BODIES = Dispatcher(
+    "depthwise convolution", {"triton": triton_convolution, "cpp": cpp_convolution, "plain": Plain(_plain)}
+)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool, silu: bool, reverse: bool) -> Tensor:
