@@ -63,6 +63,11 @@ def product_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float16 or torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
+def registers(most: int) -> dict[str, int]:
+    """Limit the registers of a thread, as an option of a kernel: more programs share a multiprocessor of NVIDIA's."""
+    return {} if interpreted() or torch.version.hip is not None else {"maxnreg": most}
+
+
 def launch(kernel: Any, num_programs: int, *arguments: Any, like: Tensor, **options: Any) -> None:
     """Start a kernel on the device of a tensor, as so many programs; none of them is no launch."""
     if num_programs == 0:

@@ -21,6 +21,7 @@ from linvision.ops.backends.triton.device import (
     operand_dtype,
     power_of_two,
     product_precision,
+    registers,
     unusable,
 )
 
@@ -33,6 +34,7 @@ GATE_BLOCK = 1024  # tokens that a program takes of the gates at once
 # Tokens of a tile, channels of a program's result, channels of a step towards it, rows and columns of the part of a
 # state that one program holds: as large as registers and 64 KiB of shared memory allow.
 TILES = {torch.bfloat16: (64, 128, 128, 64), torch.float16: (64, 64, 64, 64), torch.float32: (32, 64, 32, 32)}
+REGISTERS = 128  # of a thread, in kernels that wait for memory more than they multiply; their loops spill nothing
 
 State = tuple[Tensor, Tensor, Tensor]
 
@@ -243,6 +245,7 @@ class _Norms:
             START=plan.initial,
             like=plan.like,
             **options,
+            **registers(REGISTERS),
         )
         return cls(inverse, gradient)
 
@@ -297,6 +300,7 @@ class _States:
             FINAL=ends,
             like=plan.like,
             **plan.products(),
+            **registers(REGISTERS),
         )
         return cls(matrices, vectors, final, final_vector)
 
