@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from linvision.ops import mlstm, selective_scan, use_backend
-from tests.ops import test_mlstm, test_selective_scan
+from linvision.ops import depthwise_conv2d, mlstm, selective_scan, use_backend
+from tests.ops import test_convolution, test_mlstm, test_selective_scan
 from tests.ops.triton_kernels import DEVICE, runs_kernels
 
 pytestmark = runs_kernels
@@ -49,6 +49,12 @@ def test_torch_accepts_the_selective_scan(given):
     torch.library.opcheck(torch.ops.linvision.selective_scan, (*tensors, True, False, True))
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_torch_accepts_the_convolution(biased):
+    x, weight, bias = (t.to(DEVICE).requires_grad_() for t in test_convolution.grid_inputs((1, 3, 2, 4), (3, 3)))
+    torch.library.opcheck(torch.ops.linvision.depthwise_conv, (x, weight, bias if biased else None, False, True, False))
+
+
 def assert_compiled_is_eager(op: Callable[..., Tensor], inputs: list[Tensor]) -> None:
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     leaves = [x.requires_grad_() for x in inputs]
@@ -63,6 +69,8 @@ def test_compilers_see_no_break_forward_and_backward():
     assert_compiled_is_eager(lambda *x: mlstm(*x, reverse=True), mlstm_inputs(5))
     scan = scan_inputs(5)
     assert_compiled_is_eager(lambda *x: selective_scan(**dict(zip(scan, x, strict=True))), list(scan.values()))
+    grid = [x.to(DEVICE) for x in test_convolution.grid_inputs((1, 3, 2, 4), (3, 3))]
+    assert_compiled_is_eager(lambda *x: depthwise_conv2d(*x, activation="silu"), grid)
 
 
 def test_exported_programs_take_other_lengths():
