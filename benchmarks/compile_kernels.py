@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from linvision.ops._selective_scan_tiled import Inputs, interval
-from linvision.ops.backends.triton import convolution, device, mlstm, selective_scan
+from linvision.ops.backends.triton import block_diagonal, convolution, device, mlstm, selective_scan
 
 KIB = 1024
 # The most shared memory that a block may have; of all of a generation, the least.
@@ -135,6 +135,18 @@ def convolution_launches(dtype: torch.dtype, kernel: tuple[int, int], target: GP
     return launches_of(run, convolution, target)
 
 
+def block_diagonal_launches(dtype: torch.dtype, target: GPUTarget) -> list[Launch]:
+    """List the kernels of a forward and a backward pass."""
+    with torch.device("meta"):
+        x, weight, bias = torch.empty(2, TOKENS, 384, dtype=dtype), torch.empty(96, 4, 4), torch.empty(384)
+
+    def run() -> None:
+        block_diagonal.forward(x, weight, bias)
+        block_diagonal.backward(x, x, weight)
+
+    return launches_of(run, block_diagonal, target)
+
+
 @dataclass(frozen=True)
 class Row:
     """What a kernel takes: bytes of shared memory and of stack, registers, instructions of its longest loop."""
@@ -221,6 +233,8 @@ def rows(
             for kernel in kernels:
                 case = f"convolution {type_name} {kernel[0]}x{kernel[1]}"
                 yield from measure(name, case, convolution_launches(dtype, kernel, target))
+            if kernels:
+                yield from measure(name, f"block-diagonal {type_name}", block_diagonal_launches(dtype, target))
 
 
 def main() -> int:
@@ -232,7 +246,11 @@ def main() -> int:
         "--widths", default="48,96,192,384", help="channels of the mLSTM's heads, by commas, or nothing"
     )
     parser.add_argument("--states", default="1,16,64", help="states of the scan's channels, by commas, or nothing")
-    parser.add_argument("--kernels", default="3x3,1x4", help="sides of convolutions, by commas, or nothing")
+    parser.add_argument(
+        "--kernels",
+        default="3x3,1x4",
+        help="sides of convolutions, by commas, or nothing (then no block-diagonal layers)",
+    )
     parser.add_argument("--stateless", action="store_true", help="no mLSTM that starts from a state and returns one")
     parser.add_argument("--json", action="store_true", help="a line of JSON a row")
     options = parser.parse_args()

@@ -12,6 +12,7 @@ from gpu_kernels import (
     TYPES,
     Case,
     Row,
+    block_diagonal_inputs,
     capture,
     convolution_inputs,
     mlstm_inputs,
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from linvision import create_model
 from linvision.ops import MLSTMState, depthwise_conv2d, mlstm, selective_scan, use_backend
+from linvision.ops.block_diagonal import block_diagonal
 
 # Relative errors (of norms) of outputs and gradients that are allowed.
 BOUNDS = {"float32": (1e-5, 2e-4), "float16": (2e-3, 1e-2), "bfloat16": (1.2e-2, 5e-2)}
@@ -72,7 +74,7 @@ def correctness() -> Iterator[Case]:
             yield mlstm_case(type_name, dim, long, reverse=bool(place % 2), states=False)
         for place, num_states in enumerate([4] if SMOKE else [16, 1, 17, 64]):
             yield scan_case(type_name, num_states, long, reverse=bool(place % 2), states=False)
-        yield convolution_case(type_name)
+        yield from stateless_cases(type_name)
     for type_name in TYPES:
         for place, tokens in enumerate([3] if SMOKE else [257, 63, 1]):
             yield mlstm_case(type_name, 4 if SMOKE else 96, tokens, reverse=not place % 2, states=True)
@@ -108,18 +110,24 @@ def scan_case(type_name: str, num_states: int, tokens: int, *, reverse: bool, st
     return f"scan {type_name} N={num_states} S={tokens}{' reverse' * reverse}{' states' * states}", measure
 
 
-def convolution_case(type_name: str) -> Case:
-    """Compare one convolution."""
+def stateless_case(name: str, function: Callable, make: Callable[[torch.dtype], dict[str, Tensor]], of: str) -> Case:
+    """Compare one op that knows no states, in a type."""
 
     def op(*, return_state: bool, **inputs: Tensor) -> Any:
-        y = depthwise_conv2d(**inputs, activation="silu", reverse=True)
+        y = function(**inputs)
         return (y, []) if return_state else y
 
-    def measure() -> Iterator[Row]:
-        inputs = convolution_inputs(2, *((2, 3, 5) if SMOKE else (29, 27, 200)), TYPES[type_name])
-        yield from compare(op, inputs, type_name, states=False)
+    return f"{name} {of}", lambda: compare(op, make(TYPES[of]), of, states=False)
 
-    return f"convolution {type_name}", measure
+
+def stateless_cases(type_name: str) -> Iterator[Case]:
+    """Compare the convolution and the block-diagonal layer."""
+    convolution = partial(depthwise_conv2d, activation="silu", reverse=True)
+    grid, tokens = ((2, 3, 5), (3, 8)) if SMOKE else ((29, 27, 200), (785, 200))
+    yield stateless_case("convolution", convolution, lambda dtype: convolution_inputs(2, *grid, dtype), type_name)
+    yield stateless_case(
+        "block-diagonal", block_diagonal, lambda dtype: block_diagonal_inputs(2, *tokens, dtype), type_name
+    )
 
 
 def ops() -> dict[str, tuple[Callable, Callable[[int, int], dict[str, Tensor]], tuple[int, int]]]:
@@ -190,4 +198,4 @@ def sanitizer() -> Iterator[Case]:
     for type_name in TYPES:
         yield mlstm_case(type_name, 8 if SMOKE else 48, 5 if SMOKE else 300, reverse=True, states=True)
         yield scan_case(type_name, 4 if SMOKE else 16, 5 if SMOKE else 300, reverse=True, states=True)
-        yield convolution_case(type_name)
+        yield from stateless_cases(type_name)

@@ -18,6 +18,7 @@ from linvision.bench.machine import measure_peaks, synchronize
 from linvision.bench.measure import alternate, spread
 from linvision.ops import depthwise_conv2d, mlstm, selective_scan, use_backend
 from linvision.ops.backends.triton.device import interpreted
+from linvision.ops.block_diagonal import block_diagonal
 
 SMOKE = interpreted()
 DEVICE = "cpu" if SMOKE else "cuda"
@@ -58,6 +59,12 @@ def convolution_inputs(batch: int, rows: int, columns: int, channels: int, dtype
     return {"x": x, "weight": weight / 3, "bias": bias}
 
 
+def block_diagonal_inputs(batch: int, tokens: int, channels: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Make what ViL's projections read."""
+    x, weight = noise(batch, tokens, channels, dtype=dtype), noise(channels // 4, 4, 4, seed=1)
+    return {"x": x, "weight": weight, "bias": noise(channels, seed=2)}
+
+
 def capture(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     """Capture a step into a CUDA graph; return it, and what the step returned, which replays write anew."""
     side = torch.cuda.Stream()
@@ -90,6 +97,7 @@ def kernels() -> Iterator[Case]:
             yield f"scan, E = {width}, S = {tokens}", lambda w=width, t=tokens: race_scan(w, t, peaks)
             side = math.isqrt(tokens)
             yield f"convolution, C = {width}, {side} x {side}", lambda w=width, n=side: race_convolution(w, n, peaks)
+            yield f"block-diagonal, {width}, S = {tokens}", lambda w=width, t=tokens: race_block_diagonal(w, t, peaks)
 
 
 @triton.jit
@@ -154,11 +162,19 @@ def race_scan(width: int, tokens: int, peaks: dict[str, Any]) -> Iterator[Row]:
 
 def race_convolution(width: int, side: int, peaks: dict[str, Any]) -> Iterator[Row]:
     """Time ViL's convolution of 3 x 3 tokens with its activation, beside PyTorch's own."""
-    inputs = convolution_inputs(BATCH, side, side, width, HALF)
     step = partial(depthwise_conv2d, activation="silu")
-    contestants: dict[str, Contestant] = {"ours": (step, inputs), "plain": (in_plain_pytorch(step), inputs)}
-    transfer = 2 * BATCH * side**2 * width / peaks["bytes_per_second"]
-    # Forward x and y, backward x, dy and dx.
+    yield from race_passes(step, convolution_inputs(BATCH, side, side, width, HALF), peaks)
+
+
+def race_block_diagonal(width: int, tokens: int, peaks: dict[str, Any]) -> Iterator[Row]:
+    """Time a projection of ViL's, beside PyTorch's grouped convolution."""
+    yield from race_passes(block_diagonal, block_diagonal_inputs(BATCH, tokens, width, HALF), peaks)
+
+
+def race_passes(function: Callable, inputs: dict[str, Tensor], peaks: dict[str, Any]) -> Iterator[Row]:
+    """Time what does but move x and y, and backward x, dy and dx."""
+    contestants: dict[str, Contestant] = {"ours": (function, inputs), "plain": (in_plain_pytorch(function), inputs)}
+    transfer = 2 * inputs["x"].numel() / peaks["bytes_per_second"]
     yield from race(contestants, {"forward": 2 * transfer, "forward and backward": 5 * transfer})
 
 

@@ -26,6 +26,7 @@ KERNELS = {
     },
     "scan": {"forward_kernel", "backward_kernel"},
     "convolution": {"forward_kernel", "sums_kernel"},
+    "block-diagonal": {"forward_kernel", "backward_kernel"},
 }
 
 
