@@ -17,7 +17,7 @@ DEVICE = "cuda"
 MAX_STATES = 256
 CHANNELS = 32  # of a program: a warp's threads. Where a warp has 64, as on AMD, 64: either is right, this is fast
 STATES_OF_WARP = 16  # above these, warps share the states
-FORWARD_TILE, BACKWARD_TILE = 2, 2  # tokens; two of the first and one of the second divide an interval
+TILE = 2  # tokens; two tiles divide an interval
 PER_TOKEN = ("u", "delta", "z", "residual")
 GRADIENTS = (
     "u",
@@ -64,7 +64,6 @@ def forward(inputs: Inputs, initial_state: Tensor | None, keep_states: bool) -> 
         START=initial_state is not None,
         KEEP=keep_states,
         like=inputs.u,
-        UNROLL=FORWARD_TILE,
         **_options(inputs),
     )
     return y, final.mT.contiguous(), kept
@@ -91,7 +90,6 @@ def backward(inputs: Inputs, kept: Tensor, dy: Tensor, d_final: Tensor) -> dict[
     parts["initial_state"] = inputs.A.new_empty(batch, num_states, width)
     tensors, strides = _arguments(inputs)
     dy = with_unit_stride(dy)
-    tiles = interval(num_states) // BACKWARD_TILE
     unused = parts["u"]
     launch(
         backward_kernel,
@@ -99,12 +97,11 @@ def backward(inputs: Inputs, kept: Tensor, dy: Tensor, d_final: Tensor) -> dict[
         *tensors,
         *(kept, dy, d_final.mT.contiguous()),
         *(parts.get(name, unused) for name in GRADIENTS),
-        inputs.A.new_empty(tiles, batch, num_states, width),
+        inputs.A.new_empty(interval(num_states) // TILE, batch, num_states, width),
         *(num_tokens, len(kept), width),
         *strides,
         *dy.stride()[:2],
         like=inputs.u,
-        UNROLL=BACKWARD_TILE,
         **_options(inputs),
     )
     parts["B"], parts["C"] = parts.pop("BC").unbind(3)
@@ -147,6 +144,7 @@ def _options(inputs: Inputs) -> dict[str, int | bool]:
         "ROWS": rows,
         "CHANNELS": _channels(inputs.u.shape[2]),
         "EVERY": interval(num_states),
+        "UNROLL": TILE,
         "SOFTPLUS": inputs.delta_softplus,
         "REVERSE": inputs.reverse,
         "SKIP": inputs.D is not None,
