@@ -18,6 +18,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -70,6 +71,20 @@ def train(
         yield loss.item()
 
 
+def losses_of(file: Path, name: str, precision: str, backend: str, steps: int) -> Losses:
+    """Read the losses of a run that is there, or train; what has been trained so far is saved now and then."""
+    losses: Losses = json.loads(file.read_text()) if file.is_file() else []
+    if len(losses) >= steps:
+        return losses
+    losses = []
+    for loss in islice(train(name, precision, backend, **OVERRIDES), steps):
+        losses.append(loss)
+        if len(losses) % WINDOW == 0 or len(losses) == steps:
+            file.write_text(json.dumps(losses))
+            print(f"{name} {precision} step {len(losses)}: loss {mean(losses[-WINDOW:]):.4f}", flush=True)
+    return losses
+
+
 def distance(losses: Losses, reference: Losses) -> float:
     """Return the largest difference between mean losses of the same ``WINDOW`` steps."""
     firsts = range(0, len(losses), WINDOW)
@@ -111,26 +126,15 @@ def main() -> int:
     curves: dict[str, dict[str, Losses]] = {}
     for name in options.models.split(","):
         for precision in options.precisions.split(","):
-            file = options.out / f"{name}-{precision}.json"
-            losses = json.loads(file.read_text()) if file.is_file() else []
-            if len(losses) < options.steps:
-                losses = []
-                # The interpreter cannot be hurried: float32, which it is held against, is plain PyTorch's there.
-                backend = "plain" if interpreted() and precision == "float32" else options.backend
-                for loss in train(name, precision, backend, **OVERRIDES):
-                    losses.append(loss)
-                    if len(losses) % WINDOW == 0:
-                        print(f"{name} {precision} step {len(losses)}: loss {mean(losses[-WINDOW:]):.4f}", flush=True)
-                    if len(losses) == options.steps:
-                        break
-                file.write_text(json.dumps(losses))
+            # The interpreter cannot be hurried: float32, which it is held against, is plain PyTorch's there.
+            backend = "plain" if interpreted() and precision == "float32" else options.backend
+            losses = losses_of(options.out / f"{name}-{precision}.json", name, precision, backend, options.steps)
             curves.setdefault(name, {})[precision] = losses
-            reference = next(iter(curves[name].values()))
+            first, reference = next(iter(curves[name].items()))
             right &= follows(losses, reference)
             print(
                 f"{name} {precision}: {len(losses)} steps, {sum(map(math.isfinite, losses))} finite losses, the last "
-                f"{WINDOW} {mean(losses[-WINDOW:]):.4f}, furthest from {next(iter(curves[name]))} "
-                f"{distance(losses, reference):.4f}",
+                f"{WINDOW} {mean(losses[-WINDOW:]):.4f}, furthest from {first} {distance(losses, reference):.4f}",
                 flush=True,
             )
     draw(options.out / "losses.png", curves, f"{options.backend} kernels{', interpreted' * interpreted()}, {DEVICE}")

@@ -7,6 +7,7 @@ import torch
 
 from linvision.ops import BackendError, mlstm, use_backend
 from linvision.ops.backends.cpp import library
+from linvision.ops.convolution import BODIES as CONVOLUTIONS
 from linvision.ops.mlstm import BODIES
 
 
@@ -26,6 +27,18 @@ def test_auto_takes_the_kernels_where_they_can_run():
         pytest.skip("not compiled")
     assert BODIES.choose(*inputs()) is BODIES.bodies["cpp"]
     assert BODIES.choose(*inputs(torch.float64)) is BODIES.bodies["plain"]
+
+
+def test_gradients_take_the_kernels_of_the_device_unless_others_are_forced():
+    if library.missing():
+        pytest.skip("not compiled")
+    tensors = torch.randn(1, 2, 2, 4), torch.randn(4, 1, 3, 3)
+    assert CONVOLUTIONS.kernels(*tensors) is CONVOLUTIONS.bodies["cpp"]
+    with use_backend("plain"):
+        assert CONVOLUTIONS.kernels(*tensors) is CONVOLUTIONS.bodies["cpp"]
+    if CONVOLUTIONS.bodies["triton"].refuses(*tensors) is None:  # interpreted, as in these tests without a GPU
+        with use_backend("triton"):
+            assert CONVOLUTIONS.kernels(*tensors) is CONVOLUTIONS.bodies["triton"]
 
 
 def test_a_backend_is_used_within_its_context_only():

@@ -92,12 +92,18 @@ class Dispatcher:
     def kernels(self, *tensors: Tensor | None) -> Any:
         """Return a body of kernels for what plain PyTorch leaves to autograd, whatever backend is forced meanwhile.
 
+        First comes the forced one, then those made for the device.
+
         Raises:
             BackendError: none can run.
         """
-        reasons = {name: body.refuses(*tensors) for name, body in self.bodies.items() if name != "plain"}
-        for name, reason in reasons.items():
-            if reason is None:
+        device = next(x.device.type for x in tensors if x is not None)
+        names = [name for name in self.bodies if name != "plain"]
+        names.sort(key=lambda name: (name != _chosen, self.bodies[name].DEVICE not in (None, device)))
+        reasons = {}
+        for name in names:
+            reasons[name] = self.bodies[name].refuses(*tensors)
+            if reasons[name] is None:
                 return self.bodies[name]
         raise BackendError(f"{self.op}: the kernels of the forward pass cannot run any more: {reasons}")
 
