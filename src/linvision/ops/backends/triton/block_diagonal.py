@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from linvision.ops.backends.strides import with_unit_stride
+from linvision.ops.backends.strides import leading_strides, with_unit_stride
 from linvision.ops.backends.triton.device import launch, power_of_two, unusable
 
 DEVICE = "cuda"
@@ -28,7 +28,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         forward_kernel,
         batch * -(-num_tokens // TOKENS) * -(-num_groups // _groups(num_groups)),
         *(x, weight, weight if bias is None else bias, y),
-        *(num_tokens, num_groups, *x.stride()[:2]),
+        *(num_tokens, num_groups, *leading_strides(x)),
         TOKENS=TOKENS,
         GROUPS=_groups(num_groups),
         BIASED=bias is not None,
@@ -52,7 +52,7 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Ten
         backward_kernel,
         pieces * -(-num_groups // _groups(num_groups)),
         *(dy, x, weight, dx, sums),
-        *(num_tokens, num_groups, *dy.stride()[:2], *x.stride()[:2]),
+        *(num_tokens, num_groups, *leading_strides(dy, x)),
         TOKENS=TOKENS,
         GROUPS=_groups(num_groups),
         TILES=tiles,

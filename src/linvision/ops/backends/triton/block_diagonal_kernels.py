@@ -11,6 +11,8 @@ written in long pieces and only change places inside a thread.
 import triton
 import triton.language as tl
 
+from linvision.ops.backends.triton.tiles import place
+
 
 @triton.jit
 def _load_parts(x, batch, token, group, num_tokens, num_groups, x_batch, x_token):
@@ -37,15 +39,6 @@ def _store_parts(y, parts, batch, token, group, num_tokens, num_groups):
 
 
 @triton.jit
-def _place(num_tokens, num_groups, TOKENS: tl.constexpr, GROUPS: tl.constexpr):
-    """Return this program's number among those of its channels, first token, groups and place in the batch."""
-    num_pieces, num_blocks = tl.cdiv(num_tokens, TOKENS), tl.cdiv(num_groups, GROUPS)
-    group = (tl.program_id(0) % num_blocks) * GROUPS + tl.arange(0, GROUPS)
-    piece = tl.program_id(0) // num_blocks
-    return piece, (piece % num_pieces) * TOKENS, group, (piece // num_pieces).to(tl.int64)
-
-
-@triton.jit
 def _multiply(parts, weight, group, num_groups, TRANSPOSED: tl.constexpr):
     """Multiply the channels of each group by its matrix."""
     results = ()
@@ -67,7 +60,7 @@ def forward_kernel(
     TOKENS: tl.constexpr, GROUPS: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     """Compute y (B, S, 4 G)."""
-    _, first, group, batch = _place(num_tokens, num_groups, TOKENS, GROUPS)
+    _, first, group, batch = place(num_tokens, num_groups, TOKENS, GROUPS)
     token = first + tl.arange(0, TOKENS)
     parts = _load_parts(x, batch, token, group, num_tokens, num_groups, x_batch, x_token)
     sums = _multiply(parts, weight, group, num_groups, False)
@@ -89,7 +82,7 @@ def backward_kernel(
 
     These are dy_i x_j, at 4 i + j, then dy_i.
     """
-    piece, first, group, batch = _place(num_tokens, num_groups, TILES * TOKENS, GROUPS)
+    piece, first, group, batch = place(num_tokens, num_groups, TILES * TOKENS, GROUPS)
     gradients = ()
     for _ in tl.static_range(20):
         gradients = gradients + (tl.zeros((TOKENS, GROUPS), tl.float32),)  # noqa: RUF005

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linvision.ops.backends.strides import with_unit_stride
+from linvision.ops.backends.strides import leading_strides, with_unit_stride
 from linvision.ops.backends.triton.device import launch, power_of_two, unusable
 
 DEVICE = "cuda"
@@ -43,7 +43,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *, causal: bool, sil
         batch * -(-rows * columns // FORWARD_TOKENS) * _num_blocks(channels),
         *(x, weight, weight if bias is None else bias, y),
         *(rows * columns, columns, channels),
-        *x.stride()[:3],
+        *leading_strides(x),
         TOKENS=FORWARD_TOKENS,
         SILU=silu,
         like=x,
@@ -70,8 +70,7 @@ def backward(
         groups * _num_blocks(channels),
         *(dy, x, weight, weight if bias is None else bias, d_sum, parts),
         *(rows * columns, columns, channels),
-        *dy.stride()[:3],
-        *x.stride()[:3],
+        *leading_strides(dy, x),
         TOKENS=BACKWARD_TOKENS,
         TILES=tiles,
         SILU=silu,

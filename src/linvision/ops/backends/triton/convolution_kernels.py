@@ -10,14 +10,7 @@ All that they do is to move numbers: a token's neighbours are read again for eve
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _place(num_tokens, channels, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Return this program's group of tokens, their first one, its channels, and its place in the batch."""
-    num_groups, num_blocks = tl.cdiv(num_tokens, TOKENS), tl.cdiv(channels, CHANNELS)
-    channel = (tl.program_id(0) % num_blocks) * CHANNELS + tl.arange(0, CHANNELS)
-    group = tl.program_id(0) // num_blocks
-    return group, (group % num_groups) * TOKENS, channel, (group // num_groups).to(tl.int64)
+from linvision.ops.backends.triton.tiles import place
 
 
 @triton.jit
@@ -63,7 +56,7 @@ def forward_kernel(
     TOP: tl.constexpr, LEFT: tl.constexpr, REVERSE: tl.constexpr, BIASED: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """Compute y (B, S, C) of a grid x (B, rows, columns, C) of S tokens."""
-    _, first, channel, batch = _place(num_tokens, channels, TOKENS, CHANNELS)
+    _, first, channel, batch = place(num_tokens, channels, TOKENS, CHANNELS)
     token = first + tl.arange(0, TOKENS)
     sums = _convolve(
         x + batch * x_batch, weight, bias, token, channel, num_tokens, columns, channels, x_row, x_column,
@@ -87,7 +80,7 @@ def sums_kernel(
 
     The latter in parts (programs by tokens, taps and 1, C), to be added: of weights, then of the bias.
     """
-    group, first, channel, batch = _place(num_tokens, channels, TILES * TOKENS, CHANNELS)
+    group, first, channel, batch = place(num_tokens, channels, TILES * TOKENS, CHANNELS)
     dy += batch * dy_batch
     x += batch * x_batch
     in_block = channel < channels

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linvision.ops.backends.strides import with_unit_stride
+from linvision.ops.backends.strides import leading_strides, with_unit_stride
 from linvision.ops.backends.triton.device import (
     launch,
     operand_dtype,
@@ -238,7 +238,7 @@ class _Norms:
             *(gates.keys, gates.queries, gates.decay_in, gates.floor, states.vectors),
             *plan.counts,
             plan.scale,
-            *_strides(q, k, h, dh),
+            *leading_strides(q, k, h, dh),
             WIDTH=plan.head_dim,
             BLOCK=plan.block,
             EPS=EPS,
@@ -291,7 +291,7 @@ class _States:
             *(matrices, vectors, final, final_vector),
             *plan.counts,
             plan.scale,
-            *_strides(x, y),
+            *leading_strides(x, y),
             HEAD_DIM=dim,
             ROWS=side,
             COLUMNS=side,
@@ -331,7 +331,7 @@ def _gather_to_queries(
         *(states.matrices, states.vectors),
         *plan.counts,
         plan.scale,
-        *_strides(x, y, z, out, own),
+        *leading_strides(x, y, z, out, own),
         WIDTH=plan.head_dim,
         BLOCK=plan.block,
         COLUMNS=plan.columns,
@@ -368,7 +368,7 @@ def _gather_to_keys(
         *(gates.keys, gates.queries, norms.inverse, norms.gradient, d_states.matrices, d_states.vectors),
         *plan.counts,
         plan.scale,
-        *_strides(x, y, z, out, own),
+        *leading_strides(x, y, z, out, own),
         WIDTH=plan.head_dim,
         BLOCK=plan.block,
         COLUMNS=plan.columns,
@@ -396,8 +396,3 @@ def _gate_gradients(
         FINAL=plan.final,
         like=plan.like,
     )
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    """List the strides of batch, token and head of each."""
-    return [stride for x in tensors for stride in x.stride()[:3]]

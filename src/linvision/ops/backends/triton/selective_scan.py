@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from linvision.ops._selective_scan_tiled import Inputs, interval
-from linvision.ops.backends.strides import with_unit_stride
+from linvision.ops.backends.strides import leading_strides, with_unit_stride
 from linvision.ops.backends.triton.device import launch, power_of_two, unusable
 
 DEVICE = "cuda"
@@ -100,7 +100,7 @@ def backward(inputs: Inputs, kept: Tensor, dy: Tensor, d_final: Tensor) -> dict[
         inputs.A.new_empty(interval(num_states) // TILE, batch, num_states, width),
         *(num_tokens, len(kept), width),
         *strides,
-        *dy.stride()[:2],
+        *leading_strides(dy),
         like=inputs.u,
         **_options(inputs),
     )
@@ -128,8 +128,7 @@ def _arguments(inputs: Inputs) -> tuple[list[Tensor], list[int]]:
     # B and C are small, but every thread reads them: side by side, and in the type that they are used in.
     BC = torch.stack((inputs.B, inputs.C), 2).float()
     D, bias = (_given(x, inputs.A).contiguous() for x in (inputs.D, inputs.delta_bias))
-    strides = [stride for x in (u, delta, z, residual) for stride in x.stride()[:2]]
-    return [u, delta, inputs.A, BC, D, z, bias, residual], strides
+    return [u, delta, inputs.A, BC, D, z, bias, residual], leading_strides(u, delta, z, residual)
 
 
 def _given(x: Tensor | None, other: Tensor) -> Tensor:

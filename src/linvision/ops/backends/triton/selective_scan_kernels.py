@@ -36,20 +36,23 @@ def _below(number, limit, token, num_tokens):
 
 
 @triton.jit
+def _nearest(token, num_tokens):
+    return tl.minimum(tl.maximum(token, 0), num_tokens - 1).to(tl.int64)
+
+
+@triton.jit
 def _row(x, token, stride, column, num_tokens):
     """Load some columns of a token, of the nearest one for a token that does not exist.
 
     That one is next to it in the scan: what it holds, NaN as well, reaches nothing that it does not reach anyway.
     """
-    nearest = tl.minimum(tl.maximum(token, 0), num_tokens - 1)
-    return tl.load(x + nearest.to(tl.int64) * stride + column)
+    return tl.load(x + _nearest(token, num_tokens) * stride + column)
 
 
 @triton.jit
 def _states_row(BC, token, state, num_tokens, STATES: tl.constexpr, ROWS: tl.constexpr):
     """Load B or C of a token like ``_row``: zeros for states that pad the others to a power of two."""
-    nearest = tl.minimum(tl.maximum(token, 0), num_tokens - 1)
-    at = BC + nearest.to(tl.int64) * (2 * STATES) + state
+    at = BC + _nearest(token, num_tokens) * (2 * STATES) + state
     if STATES == ROWS:
         return tl.load(at)
     return tl.load(at, state < STATES, other=0.0)
@@ -112,6 +115,12 @@ def _decay(size, rate):
 
 
 @triton.jit
+def _advance(s, size, x, of_B, rate):
+    """Bring the states through a token."""
+    return _decay(size, rate) * s + of_B[:, None] * (size * x)[None, :]
+
+
+@triton.jit
 def _scan_tile(
     s, values, y, first, channel, rate, bias, skip, num_tokens, num_places, width,
     UNROLL: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr,
@@ -123,7 +132,7 @@ def _scan_tile(
         x, raw, of_B, of_C, gate, added = values[step]
         x = x.to(tl.float32)
         size = _step_size(raw, bias, mask, SOFTPLUS)
-        s = _decay(size, rate) * s + of_B[:, None] * (size * x)[None, :]
+        s = _advance(s, size, x, of_B, rate)
         out = tl.sum(of_C[:, None] * s, 0) + skip * x
         if ADDED:
             out += added.to(tl.float32)
@@ -267,7 +276,7 @@ def backward_kernel(
                 raw = _row(delta, token, delta_token, column, num_tokens)
                 of_B = _states_row(BC, token, state, num_tokens, STATES, ROWS)
                 size = _step_size(raw, bias_value, _below(channel, width, token, num_tokens), SOFTPLUS)
-                s = _decay(size, rate) * s + of_B[:, None] * (size * x)[None, :]
+                s = _advance(s, size, x, of_B, rate)
         tl.store(scratch + (EVERY // UNROLL - 1) * all_states + of_states, s, in_all)
         tl.debug_barrier()
         for index in range(0, EVERY // UNROLL):
@@ -284,7 +293,7 @@ def backward_kernel(
                 x, raw, of_B, of_C, gate, added = values[step]
                 size = _step_size(raw, bias_value, _below(channel, width, token, num_tokens), SOFTPLUS)
                 known = known + ((s, size),)  # noqa: RUF005
-                s = _decay(size, rate) * s + of_B[:, None] * (size * x.to(tl.float32))[None, :]
+                s = _advance(s, size, x.to(tl.float32), of_B, rate)
             for back_step in tl.static_range(UNROLL):
                 token = _token(first + UNROLL - 1 - back_step, num_places, REVERSE)
                 mask = _below(channel, width, token, num_tokens)
