@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from linvision.ops._selective_scan_tiled import Inputs, interval
-from linvision.ops.backends.triton import block_diagonal, convolution, device, mlstm, selective_scan
+from linvision.ops.backends.triton import block_diagonal, convolution, device, gated_norm, mlstm, selective_scan
 
 KIB = 1024
 # The most shared memory that a block may have; of all of a generation, the least.
@@ -62,7 +62,7 @@ class Launch:
             x = given[name]
             if isinstance(x, Tensor):
                 signature[name] = f"*{TYPES[x.dtype]}"
-            elif name in self.options or x == 1:
+            elif name in self.options or x is None or x == 1:
                 signature[name], constants[name] = "constexpr", x
                 continue
             elif isinstance(x, float):
@@ -135,16 +135,35 @@ def convolution_launches(dtype: torch.dtype, kernel: tuple[int, int], target: GP
     return launches_of(run, convolution, target)
 
 
-def block_diagonal_launches(dtype: torch.dtype, target: GPUTarget) -> list[Launch]:
-    """List the kernels of a forward and a backward pass."""
+def projection_launches(dtype: torch.dtype, target: GPUTarget) -> list[Launch]:
+    """List the kernels of a forward and a backward pass of what an mLSTM of 4 heads is fed."""
     with torch.device("meta"):
         x, weight, bias = torch.empty(2, TOKENS, 384, dtype=dtype), torch.empty(96, 4, 4), torch.empty(384)
+        gate, of_heads, gate_bias = torch.empty(2, TOKENS, 4), torch.empty(4, 3 * 384), torch.empty(4)
+    parameters = [weight] * 3, [bias] * 3, [of_heads] * 2, [gate_bias] * 2
 
     def run() -> None:
-        block_diagonal.forward(x, weight, bias)
-        block_diagonal.backward(x, x, weight)
+        block_diagonal.forward(x, x, *parameters)
+        block_diagonal.backward([x, x, x, gate, gate], x, x, *parameters)
 
     return launches_of(run, block_diagonal, target)
+
+
+def gated_norm_launches(dtype: torch.dtype, target: GPUTarget) -> list[Launch]:
+    """List the kernels of a forward and a backward pass with 4 heads."""
+    with torch.device("meta"):
+        h, c, parameter = (
+            torch.empty(2, TOKENS, 4, 96, dtype=dtype),
+            torch.empty(2, TOKENS, 384, dtype=dtype),
+            torch.empty(384),
+        )
+    parameters = (parameter, parameter, parameter, 1e-5)
+
+    def run() -> None:
+        gated_norm.forward(h, c, c, *parameters)
+        gated_norm.backward(c, h, c, c, *parameters)
+
+    return launches_of(run, gated_norm, target)
 
 
 @dataclass(frozen=True)
@@ -234,7 +253,8 @@ def rows(
                 case = f"convolution {type_name} {kernel[0]}x{kernel[1]}"
                 yield from measure(name, case, convolution_launches(dtype, kernel, target))
             if kernels:
-                yield from measure(name, f"block-diagonal {type_name}", block_diagonal_launches(dtype, target))
+                yield from measure(name, f"projections {type_name}", projection_launches(dtype, target))
+                yield from measure(name, f"gated norm {type_name}", gated_norm_launches(dtype, target))
 
 
 def main() -> int:
@@ -249,7 +269,7 @@ def main() -> int:
     parser.add_argument(
         "--kernels",
         default="3x3,1x4",
-        help="sides of convolutions, by commas, or nothing (then no block-diagonal layers)",
+        help="sides of convolutions, by commas, or nothing (then no projections and norms of ViL)",
     )
     parser.add_argument("--stateless", action="store_true", help="no mLSTM that starts from a state and returns one")
     parser.add_argument("--json", action="store_true", help="a line of JSON a row")

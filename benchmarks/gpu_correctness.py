@@ -12,18 +12,19 @@ from gpu_kernels import (
     TYPES,
     Case,
     Row,
-    block_diagonal_inputs,
     capture,
     convolution_inputs,
+    gated_norm_inputs,
     mlstm_inputs,
     noise,
+    project,
+    projection_inputs,
     scan_inputs,
 )
 from torch import Tensor
 
 from linvision import create_model
-from linvision.ops import MLSTMState, depthwise_conv2d, mlstm, selective_scan, use_backend
-from linvision.ops.block_diagonal import block_diagonal
+from linvision.ops import MLSTMState, depthwise_conv2d, gated_head_norm, mlstm, selective_scan, use_backend
 
 # Relative errors (of norms) of outputs and gradients that are allowed.
 BOUNDS = {"float32": (1e-5, 2e-4), "float16": (2e-3, 1e-2), "bfloat16": (1.2e-2, 5e-2)}
@@ -121,13 +122,18 @@ def stateless_case(name: str, function: Callable, make: Callable[[torch.dtype], 
 
 
 def stateless_cases(type_name: str) -> Iterator[Case]:
-    """Compare the convolution and the block-diagonal layer."""
-    convolution = partial(depthwise_conv2d, activation="silu", reverse=True)
+    """Compare what stands around the scans: convolution, projections with gates, gated norm."""
+
+    def projections(**inputs: Tensor) -> Tensor:
+        return torch.cat([y.double() for y in project(**inputs)], 2)
+
     grid, tokens = ((2, 3, 5), (3, 8)) if SMOKE else ((29, 27, 200), (785, 200))
-    yield stateless_case("convolution", convolution, lambda dtype: convolution_inputs(2, *grid, dtype), type_name)
-    yield stateless_case(
-        "block-diagonal", block_diagonal, lambda dtype: block_diagonal_inputs(2, *tokens, dtype), type_name
-    )
+    for name, function, make, size in (
+        ("convolution", partial(depthwise_conv2d, activation="silu", reverse=True), convolution_inputs, grid),
+        ("projections", projections, projection_inputs, tokens),
+        ("gated norm", partial(gated_head_norm, eps=1e-5), gated_norm_inputs, tokens),
+    ):
+        yield stateless_case(name, function, lambda dtype, make=make, size=size: make(2, *size, dtype), type_name)
 
 
 def ops() -> dict[str, tuple[Callable, Callable[[int, int], dict[str, Tensor]], tuple[int, int]]]:

@@ -14,11 +14,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import logsigmoid, scaled_dot_product_attention
 
+from linvision import ops
 from linvision.bench.machine import measure_peaks, synchronize
 from linvision.bench.measure import alternate, spread
-from linvision.ops import depthwise_conv2d, mlstm, selective_scan, use_backend
+from linvision.ops import BlockDiagonal, Gate, depthwise_conv2d, gated_head_norm, mlstm, selective_scan, use_backend
 from linvision.ops.backends.triton.device import interpreted
-from linvision.ops.block_diagonal import block_diagonal
 
 SMOKE = interpreted()
 DEVICE = "cpu" if SMOKE else "cuda"
@@ -59,10 +59,30 @@ def convolution_inputs(batch: int, rows: int, columns: int, channels: int, dtype
     return {"x": x, "weight": weight / 3, "bias": bias}
 
 
-def block_diagonal_inputs(batch: int, tokens: int, channels: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Make what ViL's projections read."""
-    x, weight = noise(batch, tokens, channels, dtype=dtype), noise(channels // 4, 4, 4, seed=1)
-    return {"x": x, "weight": weight, "bias": noise(channels, seed=2)}
+def projection_inputs(batch: int, tokens: int, width: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Make what ViL's projections and gates read, for four heads."""
+    inputs = {name: noise(batch, tokens, width, dtype=dtype, seed=seed) for seed, name in enumerate("cx")}
+    for seed, name in enumerate("qkv"):
+        inputs[name] = noise(width // 4, 4, 4, seed=seed + 2) / 2
+        inputs[f"{name}_bias"] = noise(width, seed=seed + 5)
+    for seed, name in enumerate("if"):
+        inputs[name] = noise(4, 3 * width, seed=seed + 8) / width**0.5
+        inputs[f"{name}_bias"] = noise(4, seed=seed + 10)
+    return inputs
+
+
+def project(c: Tensor, x: Tensor, **parameters: Tensor) -> tuple[Tensor, ...]:
+    """Compute q, k, v, i and f."""
+    q, k, v = (BlockDiagonal(parameters[name], parameters[f"{name}_bias"]) for name in "qkv")
+    i, f = (Gate(parameters[name], parameters[f"{name}_bias"]) for name in "if")
+    return ops.mlstm_inputs(c, x, q, k, v, i=i, f=f)
+
+
+def gated_norm_inputs(batch: int, tokens: int, width: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Make what the end of a ViL layer reads, for four heads."""
+    inputs = {"h": noise(batch, tokens, 4, width // 4, dtype=dtype)}
+    inputs |= {name: noise(batch, tokens, width, dtype=dtype, seed=seed) for seed, name in enumerate("cz", start=1)}
+    return inputs | {name: noise(width, seed=seed) for seed, name in enumerate(("weight", "bias", "skip"), start=3)}
 
 
 def capture(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
@@ -82,22 +102,59 @@ def capture(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
 def kernels() -> Iterator[Case]:
     """Time the kernels at the shapes of the tiny and small models."""
     peaks: dict[str, Any] = {}
-
-    def measure_machine() -> Iterator[Row]:
-        peaks.update(measure_peaks(DEVICE, ["bfloat16", "float32"], repeats=1 if SMOKE else 7))
-        peaks["exponentials_per_second"] = measure_exponentials(rounds=2 if SMOKE else 4096)
-        rates = {f"{name} TFLOP/s": rate / 1e12 for name, rate in peaks["flops_per_second"].items()}
-        rates["exponentials, T/s"] = peaks["exponentials_per_second"] / 1e12
-        yield {"GB/s": peaks["bytes_per_second"] / 1e9} | rates
-
-    yield "measured peaks", measure_machine
+    yield "measured peaks", lambda: measure_machine(peaks)
     for width in [32] if SMOKE else [384, 768]:
         for tokens in [5] if SMOKE else [784, 6084, 16384]:
             yield f"mlstm, D = {width // 4}, S = {tokens}", lambda w=width, t=tokens: race_mlstm(w, t, peaks)
             yield f"scan, E = {width}, S = {tokens}", lambda w=width, t=tokens: race_scan(w, t, peaks)
-            side = math.isqrt(tokens)
-            yield f"convolution, C = {width}, {side} x {side}", lambda w=width, n=side: race_convolution(w, n, peaks)
-            yield f"block-diagonal, {width}, S = {tokens}", lambda w=width, t=tokens: race_block_diagonal(w, t, peaks)
+            yield from between_products(width, tokens, peaks)
+
+
+def compiled_kernels() -> Iterator[Case]:
+    """Time what stands around the scans once more, beside what PyTorch's compiler makes of it."""
+    peaks: dict[str, Any] = {}
+    yield "measured peaks", lambda: measure_machine(peaks)
+    yield from between_products(32 if SMOKE else 384, 5 if SMOKE else 16384, peaks, compiled=True)
+
+
+def between_products(width: int, tokens: int, peaks: dict[str, Any], *, compiled: bool = False) -> Iterator[Case]:
+    """Time the kernels of a ViL layer that do but move numbers.
+
+    The convolution of 3 x 3 tokens reads x and writes y, backward x, dy and dx; the projections make three tensors of
+    two, backward two of five; the gated norm one of three, backward three of four.
+    """
+    side = math.isqrt(tokens)
+    for name, function, inputs, moved in (
+        (
+            f"convolution, C = {width}, {side} x {side}",
+            partial(depthwise_conv2d, activation="silu"),
+            lambda: convolution_inputs(BATCH, side, side, width, HALF),
+            (2, 5),
+        ),
+        (
+            f"projections, E = {width}, S = {tokens}",
+            project,
+            lambda: projection_inputs(BATCH, tokens, width, HALF),
+            (5, 12),
+        ),
+        (
+            f"gated norm, E = {width}, S = {tokens}",
+            partial(gated_head_norm, eps=1e-5),
+            lambda: gated_norm_inputs(BATCH, tokens, width, HALF),
+            (4, 11),
+        ),
+    ):
+        race = partial(race_movers, function, moved=moved, peaks=peaks, compiled=compiled)
+        yield name + ", compiled" * compiled, lambda race=race, inputs=inputs: race(inputs())
+
+
+def measure_machine(peaks: dict[str, Any]) -> Iterator[Row]:
+    """Measure what floors are made of."""
+    peaks.update(measure_peaks(DEVICE, ["bfloat16", "float32"], repeats=1 if SMOKE else 7))
+    peaks["exponentials_per_second"] = measure_exponentials(rounds=2 if SMOKE else 4096)
+    rates = {f"{name} TFLOP/s": rate / 1e12 for name, rate in peaks["flops_per_second"].items()}
+    rates["exponentials, T/s"] = peaks["exponentials_per_second"] / 1e12
+    yield {"GB/s": peaks["bytes_per_second"] / 1e9} | rates
 
 
 @triton.jit
@@ -160,22 +217,19 @@ def race_scan(width: int, tokens: int, peaks: dict[str, Any]) -> Iterator[Row]:
     yield from race(contestants, floors)
 
 
-def race_convolution(width: int, side: int, peaks: dict[str, Any]) -> Iterator[Row]:
-    """Time ViL's convolution of 3 x 3 tokens with its activation, beside PyTorch's own."""
-    step = partial(depthwise_conv2d, activation="silu")
-    yield from race_passes(step, convolution_inputs(BATCH, side, side, width, HALF), peaks)
-
-
-def race_block_diagonal(width: int, tokens: int, peaks: dict[str, Any]) -> Iterator[Row]:
-    """Time a projection of ViL's, beside PyTorch's grouped convolution."""
-    yield from race_passes(block_diagonal, block_diagonal_inputs(BATCH, tokens, width, HALF), peaks)
-
-
-def race_passes(function: Callable, inputs: dict[str, Tensor], peaks: dict[str, Any]) -> Iterator[Row]:
-    """Time what does but move x and y, and backward x, dy and dx."""
-    contestants: dict[str, Contestant] = {"ours": (function, inputs), "plain": (in_plain_pytorch(function), inputs)}
-    transfer = 2 * inputs["x"].numel() / peaks["bytes_per_second"]
-    yield from race(contestants, {"forward": 2 * transfer, "forward and backward": 5 * transfer})
+def race_movers(
+    function: Callable, inputs: dict[str, Tensor], *, moved: tuple[int, int], peaks: dict[str, Any], compiled: bool
+) -> Iterator[Row]:
+    """Time what does but move so many tensors of the first one's size, beside plain PyTorch, compiled or not."""
+    plain = function
+    if compiled:
+        torch.compiler.reset()
+        plain = torch.compile(function, dynamic=False, backend="aot_eager" if SMOKE else "inductor")
+    contestants: dict[str, Contestant] = {"ours": (function, inputs), "plain": (in_plain_pytorch(plain), inputs)}
+    tokens = next(iter(inputs.values()))
+    transfer = tokens.element_size() * tokens.numel() / peaks["bytes_per_second"]
+    modes = ("forward", "forward and backward")
+    yield from race(contestants, {mode: count * transfer for mode, count in zip(modes, moved, strict=True)})
 
 
 def in_plain_pytorch(function: Callable) -> Callable:
@@ -261,6 +315,7 @@ def run_both(function: Callable, inputs: dict[str, Any]) -> Callable[[], None]:
     def step() -> None:
         with use_backend("triton"):
             y = function(**inputs | leaves)
-            torch.autograd.grad(y, list(leaves.values()), y.detach(), allow_unused=True)
+            outputs = y if isinstance(y, tuple) else (y,)
+            torch.autograd.grad(outputs, list(leaves.values()), [x.detach() for x in outputs], allow_unused=True)
 
     return step

@@ -6,11 +6,12 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from time import perf_counter
 
 import torch
 from gpu_correctness import correctness, graphs, sanitizer
-from gpu_kernels import DEVICE, SMOKE, Case, Row, kernels
+from gpu_kernels import DEVICE, SMOKE, Case, Row, compiled_kernels, kernels
 from gpu_models import compiled, models, training
 
 from linvision.bench.machine import describe_machine
@@ -21,7 +22,7 @@ SECTIONS: dict[str, Callable[[], Iterable[Case]]] = {
     "training": training,
     "kernels": kernels,
     "models": models,
-    "compiled": compiled,
+    "compiled": lambda: chain(compiled(), compiled_kernels()),
     "sanitizer": sanitizer,
 }
 

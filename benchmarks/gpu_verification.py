@@ -15,7 +15,8 @@ of the time; OUT/gpu.json and OUT/gpu.md are written after every row:
   (mlstm_kernels, flash-linear-attention).
 - models: ViL and Vim against timm's DeiT of their width with flash attention and with attention matrices, 224 ... 2048
   pixels, inference and training step, time and memory.
-- compiled: tiny models and their DeiT through torch.compile with CUDA graphs, for as long as time is left.
+- compiled: tiny models and their DeiT through torch.compile with CUDA graphs, then our kernels beside what it makes of
+  plain PyTorch, for as long as time is left.
 - sanitizer, on request: a few small launches, for NVIDIA's compute-sanitizer to watch:
   ``compute-sanitizer --target-processes all python benchmarks/gpu_verification.py --only sanitizer``
 

@@ -1,47 +1,74 @@
-"""The block-diagonal layers' Triton kernels against float64: on a GPU where there is one, else in the interpreter."""
+"""The Triton kernels of ViL's mLSTM inputs against float64: on a GPU where there is one, else in the interpreter."""
 
 import pytest
 import torch
 
 from linvision.ops import use_backend
-from linvision.ops.block_diagonal import block_diagonal
 from tests.ops import kernels
+from tests.ops.test_block_diagonal import project, random_inputs
 from tests.ops.triton_kernels import DEVICE, runs_kernels
 
 pytestmark = [runs_kernels, pytest.mark.usefixtures("nearest")]
 
 
-def inputs(batch, num_tokens, num_groups, *, dtype=torch.float32, biased=True):
-    generator = torch.Generator().manual_seed(num_tokens + num_groups)
-    shapes = ((batch, num_tokens, 4 * num_groups), (num_groups, 4, 4), (4 * num_groups,))
-    x, weight, bias = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes)
-    return [x, weight, bias if biased else None]
+def inputs(*size, dtype=torch.float32, bias=True):
+    return [None if x is None else x.to(DEVICE) for x in random_inputs(*size, dtype=dtype, bias=bias)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("batch", "num_tokens", "num_groups"), [(2, 1, 1), (1, 33, 3), (2, 70, 17), (1, 600, 2), (0, 3, 2), (2, 0, 2)]
+    "size",
+    [(2, 1, 4, 1), (1, 13, 20, 3), (3, 70, 48, 4), (1, 1100, 12, 2), (1, 5, 64, 9), (0, 5, 8, 2), (2, 0, 8, 2)],
 )
-def test_definition(batch, num_tokens, num_groups, dtype):
-    for biased in (False, True):
-        given = inputs(batch, num_tokens, num_groups, dtype=dtype, biased=biased)
-        kernels.assert_matches_float64(block_diagonal, given, "triton")
+def test_definition(size, dtype):
+    for bias in (True, False):
+        kernels.assert_matches_float64(project, inputs(*size, dtype=dtype, bias=bias), "triton")
+
+
+def test_float16():
+    given = inputs(2, 9, 24, 2, dtype=torch.float16)
+    kernels.assert_matches_float64(project, given, "triton", bound=4e-3)
+
+
+def test_a_projection_may_have_no_bias_where_others_have_one():
+    given = inputs(1, 6, 12, 2)
+    for place in (5, 6, 7):
+        kernels.assert_matches_float64(project, [None if n == place else x for n, x in enumerate(given)], "triton")
 
 
 def test_types_and_views():
-    x, weight, bias = inputs(2, 9, 6)
-    wide = torch.cat((x, x), 2)
+    c, x, *parameters = inputs(2, 6, 12, 2)
+    wide = torch.cat((c, x), 2)
     with use_backend("triton"):
-        for view in (wide.chunk(2, dim=2)[1], wide[..., ::2], x.transpose(0, 1), x[:1].expand(3, -1, -1)):
-            w, b = weight[: view.shape[2] // 4], bias[: view.shape[2]]
-            torch.testing.assert_close(block_diagonal(view, w, b), block_diagonal(view.contiguous(), w, b))
-        y = block_diagonal(x.half(), weight, bias.bfloat16())
-    assert y.dtype == torch.float16
-    torch.testing.assert_close(y.float(), block_diagonal(x, weight, bias), rtol=1e-2, atol=1e-2)
+        for first, second in (wide.chunk(2, dim=2), (wide[..., ::2], wide[:1, :, :12].expand(2, -1, -1))):
+            torch.testing.assert_close(
+                project(first, second, *parameters), project(first.contiguous(), second.contiguous(), *parameters)
+            )
+        outputs = project(c.half(), x.half(), *(p.bfloat16() for p in parameters))
+        assert [y.dtype for y in outputs] == [torch.float16] * 3 + [torch.float32] * 2
+        torch.testing.assert_close([y.float() for y in outputs], list(project(c, x, *parameters)), rtol=3e-2, atol=1e-1)
+        leaves = [p.bfloat16().requires_grad_() for p in parameters]
+        sum(y.float().sum() for y in project(c.half(), x.half(), *leaves)).backward()
+    assert {p.grad.dtype for p in leaves} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("biased", [False, True])
-def test_torch_accepts_the_operator(biased):
-    given = [None if t is None else t.requires_grad_() for t in inputs(1, 5, 2, biased=biased)]
+@pytest.mark.parametrize("bias", [True, False])
+def test_torch_accepts_the_operator(bias):
+    given = [None if x is None else x.requires_grad_() for x in inputs(1, 5, 4, 1, bias=bias)]
     with use_backend("triton"):
-        torch.library.opcheck(torch.ops.linvision.block_diagonal, tuple(given))
+        torch.library.opcheck(torch.ops.linvision.mlstm_inputs, tuple(given))
+
+
+def test_compilers_see_no_break():
+    given = inputs(1, 5, 12, 2)
+    torch._dynamo.reset()
+    with use_backend("triton"):
+        compiled = torch.compile(project, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(kernels.results(compiled, given), kernels.results(project, given))
+
+
+def test_more_heads_than_a_tile_has_columns():
+    given = inputs(1, 2, 4, 65)
+    torch.testing.assert_close(project(*given), project(*(x.cpu() for x in given)), check_device=False)
+    with use_backend("triton"), pytest.raises(RuntimeError, match="65 heads, above 64"):
+        project(*given)

@@ -26,7 +26,8 @@ KERNELS = {
     },
     "scan": {"forward_kernel", "backward_kernel"},
     "convolution": {"forward_kernel", "sums_kernel"},
-    "block-diagonal": {"forward_kernel", "backward_kernel"},
+    "projections": {"forward_kernel", "backward_kernel"},
+    "gated norm": {"forward_kernel", "backward_kernel"},
 }
 
 

@@ -10,7 +10,6 @@ from the convolved tokens c, values from the tokens x, and the gates' pre-activa
     q, k, v = P_q c, P_k c, P_v x        i = W_i [q, k, v] + b_i        f = W_f [q, k, v] + b_f
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -52,7 +51,8 @@ class MLSTMInputs(NamedTuple):
 def block_diagonal(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Multiply each group of 4 channels of x (B, S, 4 G) by its matrix of weight (G, 4, 4), and add bias (4 G,).
 
-    Parameters may be of other floating-point types than x, whose type the result has.
+    Computed by a grouped 1x1 convolution, which takes channels-last memory as it is. Parameters may be of other
+    floating-point types than x, whose type the result has.
 
     Raises:
         ValueError: where shapes disagree.
@@ -62,61 +62,11 @@ def block_diagonal(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
             "block_diagonal: x must be (B, S, 4 G) and weight (G, 4, 4) but their shapes are "
             f"{tuple(x.shape)} and {tuple(weight.shape)}"
         )
-    if LAYERS.runs_plain(x, weight):
-        return _grouped_convolution(x, weight, bias)
-    return torch.ops.linvision.block_diagonal(x, weight, bias)
-
-
-def _grouped_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Multiply by a grouped 1x1 convolution, which takes channels-last memory as it is."""
     if x.numel() == 0:  # torch's convolution refuses it; so all gradients are there, and zero
         return x * sum(parameter.sum() for parameter in (weight, bias) if parameter is not None)
     kernels = weight.reshape(-1, BLOCK_SIZE, 1, 1).to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     return F.conv2d(x[:, None].permute(0, 3, 1, 2), kernels, bias, groups=len(weight)).permute(0, 2, 3, 1)[:, 0]
-
-
-LAYERS = Dispatcher("block_diagonal", {"triton": triton_block_diagonal, "plain": Plain(_grouped_convolution)})
-
-
-@torch.library.custom_op("linvision::block_diagonal", mutates_args=())
-def _block_diagonal(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return LAYERS.kernels(x, weight).forward(x, weight, bias)
-
-
-@_block_diagonal.register_fake
-def _(x, weight, bias):
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("linvision::block_diagonal_backward", mutates_args=())
-def _block_diagonal_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return LAYERS.kernels(x, weight).backward(dy, x, weight)
-
-
-@_block_diagonal_backward.register_fake
-def _(dy, x, weight):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), x.new_empty(x.shape[-1], dtype=torch.float32)
-
-
-def _setup_layer_context(ctx, inputs, output):
-    x, weight, bias = inputs
-    ctx.save_for_backward(x, weight)
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _layer_gradient(ctx, dy):
-    dx, dweight, dbias = torch.ops.linvision.block_diagonal_backward(dy, *ctx.saved_tensors)
-    return dx, dweight, None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype)
-
-
-_block_diagonal.register_autograd(_layer_gradient, setup_context=_setup_layer_context)
-
-
-@register_flop_formula(torch.ops.linvision.block_diagonal)
-def block_diagonal_flops(x_shape, weight_shape, *args, out_shape=None, **options) -> int:
-    """Count a multiply-add for each entry of a group's matrix."""
-    return 2 * BLOCK_SIZE * math.prod(x_shape)
 
 
 def mlstm_inputs(
@@ -216,7 +166,9 @@ def _plain(
     return q, k, v, i, f
 
 
-BODIES = Dispatcher("mlstm_inputs", {"cpp": cpp_block_diagonal, "plain": Plain(_plain)})
+BODIES = Dispatcher(
+    "mlstm_inputs", {"triton": triton_block_diagonal, "cpp": cpp_block_diagonal, "plain": Plain(_plain)}
+)
 
 
 # The op as torch sees it: opaque to compile and export, with a meta kernel, a gradient and a count of its operations.

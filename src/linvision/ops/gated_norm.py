@@ -11,6 +11,7 @@ from torch import Tensor
 
 from linvision.ops._dispatch import Dispatcher, Plain
 from linvision.ops.backends.cpp import gated_norm as cpp_gated_norm
+from linvision.ops.backends.triton import gated_norm as triton_gated_norm
 
 
 def gated_head_norm(
@@ -77,7 +78,7 @@ def _plain(
     return (y if z is None else y * F.silu(z)).to(h.dtype)
 
 
-BODIES = Dispatcher("gated_head_norm", {"cpp": cpp_gated_norm, "plain": Plain(_plain)})
+BODIES = Dispatcher("gated_head_norm", {"triton": triton_gated_norm, "cpp": cpp_gated_norm, "plain": Plain(_plain)})
 UNGATED = Dispatcher("gated_head_norm without a gate", BODIES.bodies, inference_only=True)
 
 

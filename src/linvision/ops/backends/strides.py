@@ -11,3 +11,8 @@ def with_unit_stride(x: Tensor) -> Tensor:
 def leading_strides(*tensors: Tensor) -> list[int]:
     """List the strides of each tensor's axes but the last, which kernels take for contiguous."""
     return [stride for x in tensors for stride in x.stride()[:-1]]
+
+
+def contiguous(*parameters: Tensor | None) -> list[Tensor | None]:
+    """Return parameters as kernels read them that take no strides; those that are None stay so."""
+    return [None if parameter is None else parameter.contiguous() for parameter in parameters]

@@ -1,68 +1,113 @@
-"""Block-diagonal layers in Triton: the body of ``linvision.ops.block_diagonal`` on a GPU, where sums are float32."""
+"""ViL's q, k, v and gates in Triton: the body of ``linvision.ops.mlstm_inputs`` on a GPU, where sums are float32."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from linvision.ops.backends.strides import leading_strides, with_unit_stride
-from linvision.ops.backends.triton.device import launch, power_of_two, unusable
+from linvision.ops.backends.strides import contiguous, leading_strides, with_unit_stride
+from linvision.ops.backends.triton.device import (
+    launch,
+    operand_dtype,
+    power_of_two,
+    product_precision,
+    unusable,
+)
 
 DEVICE = "cuda"
-TOKENS, GROUPS = 32, 16  # of a tile
+MAX_HEADS = 64
+FORWARD_TOKENS, BACKWARD_TOKENS = 64, 32  # of a tile; backward there are more numbers to hold
+CHANNELS = 32  # of a tile; more are more zeros to multiply by
 BACKWARD_TILES = 16  # of a program, at most
+
+Parameters = Sequence[Tensor]
+Optionals = Sequence[Tensor | None]
 
 
 def refuses(*tensors: Tensor | None) -> str | None:
-    """Say why these inputs (x, ...) cannot be computed, or return None if they can."""
-    assert tensors[0] is not None
-    return unusable(tensors[0])
+    """Say why these inputs (c, i's bias, ...) cannot be computed, or return None if they can."""
+    c, gate_bias = tensors[:2]
+    assert c is not None
+    assert gate_bias is not None
+    reason = unusable(c)
+    if reason is None and len(gate_bias) > MAX_HEADS:
+        return f"{len(gate_bias)} heads, above {MAX_HEADS}"
+    return reason
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Multiply x (B, S, 4 G) by weight (G, 4, 4) and add bias (4 G,)."""
+def forward(
+    c: Tensor, x: Tensor, weights: Parameters, biases: Optionals, gate_weights: Parameters, gate_biases: Parameters
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute q, k, v (B, S, E) in c's type and i, f (B, S, H) in float32."""
     from linvision.ops.backends.triton.block_diagonal_kernels import forward_kernel
 
-    x, weight, bias = with_unit_stride(x), weight.contiguous(), None if bias is None else bias.contiguous()
-    (batch, num_tokens, _), num_groups = x.shape, len(weight)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    c, x = with_unit_stride(c), with_unit_stride(x)
+    (batch, num_tokens, width), num_heads = c.shape, len(gate_biases[0])
+    q, k, v = (torch.empty(c.shape, dtype=c.dtype, device=c.device) for _ in range(3))
+    i, f = (c.new_empty(batch, num_tokens, num_heads, dtype=torch.float32) for _ in range(2))
     launch(
         forward_kernel,
-        batch * -(-num_tokens // TOKENS) * -(-num_groups // _groups(num_groups)),
-        *(x, weight, weight if bias is None else bias, y),
-        *(num_tokens, num_groups, *leading_strides(x)),
-        TOKENS=TOKENS,
-        GROUPS=_groups(num_groups),
-        BIASED=bias is not None,
-        like=x,
-        num_warps=4,
+        batch * -(-num_tokens // FORWARD_TOKENS),
+        *(c, x, q, k, v, i, f),
+        *contiguous(*weights, *biases, *gate_weights, *gate_biases),
+        *(num_tokens, *leading_strides(c, x)),
+        TOKENS=FORWARD_TOKENS,
+        like=c,
+        **_options(c, width, num_heads),
     )
-    return y
+    return q, k, v, i, f
 
 
-def backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, of the weight and, in float32, of a bias."""
+def backward(
+    gradients: Sequence[Tensor],
+    c: Tensor,
+    x: Tensor,
+    weights: Parameters,
+    biases: Optionals,
+    gate_weights: Parameters,
+    gate_biases: Parameters,
+) -> list[Tensor]:
+    """Compute from those of q, k, v, i, f the gradients of all inputs, in order, the biases that are None left out."""
+    import triton.language as tl
+
     from linvision.ops.backends.triton.block_diagonal_kernels import backward_kernel
 
-    dy, x, weight = with_unit_stride(dy), with_unit_stride(x), weight.contiguous()
-    (batch, num_tokens, _), num_groups = x.shape, len(weight)
-    tiles = min(BACKWARD_TILES, power_of_two(-(-num_tokens // TOKENS)))
-    pieces = batch * -(-num_tokens // (tiles * TOKENS))
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    sums = x.new_empty(pieces, 20, num_groups, dtype=torch.float32)
+    c, x, dq, dk, dv = (with_unit_stride(tokens) for tokens in (c, x, *gradients[:3]))
+    di, df = (d.contiguous() for d in gradients[3:])
+    (batch, num_tokens, width), num_heads = c.shape, len(gate_biases[0])
+    tiles = min(BACKWARD_TILES, power_of_two(-(-num_tokens // BACKWARD_TOKENS)))
+    pieces = batch * -(-num_tokens // (tiles * BACKWARD_TOKENS))
+    dc, dx = (torch.empty(c.shape, dtype=c.dtype, device=c.device) for _ in range(2))
+    parts = c.new_empty(pieces, 3, 5 + 2 * num_heads, width, dtype=torch.float32)
     launch(
         backward_kernel,
-        pieces * -(-num_groups // _groups(num_groups)),
-        *(dy, x, weight, dx, sums),
-        *(num_tokens, num_groups, *leading_strides(dy, x)),
-        TOKENS=TOKENS,
-        GROUPS=_groups(num_groups),
+        pieces * -(-width // CHANNELS),
+        *(dq, dk, dv, di, df, c, x, dc, dx, parts),
+        *contiguous(*weights, *biases, *gate_weights),
+        *(num_tokens, *leading_strides(dq, dk, dv, c, x)),
+        TOKENS=BACKWARD_TOKENS,
         TILES=tiles,
-        like=x,
-        num_warps=4,
+        OPERAND=tl.bfloat16 if operand_dtype(c.dtype) == torch.bfloat16 else tl.float32,
+        like=c,
+        **_options(c, width, num_heads),
     )
-    products, of_bias = sums.sum(0).split((16, 4))
-    dweight = products.mT.reshape(weight.shape).to(weight.dtype)
-    return dx, dweight, of_bias.mT.reshape(-1).clone()
+    sums = parts.sum(0)
+    dweights = (of[:4].mT.reshape(p.shape).to(p.dtype, copy=True) for of, p in zip(sums, weights, strict=True))
+    dbiases = (of[4].to(p.dtype, copy=True) for of, p in zip(sums, biases, strict=True) if p is not None)
+    of_gates = sums[:, 5:].transpose(0, 1).reshape(2, num_heads, 3 * width)
+    dgate_weights = (of.to(p.dtype, copy=True) for of, p in zip(of_gates, gate_weights, strict=True))
+    dgate_biases = (d.sum((0, 1)).to(p.dtype) for d, p in zip((di, df), gate_biases, strict=True))
+    return [dc, dx, *dweights, *dbiases, *dgate_weights, *dgate_biases]
 
 
-def _groups(num_groups: int) -> int:
-    return min(GROUPS, power_of_two(num_groups))
+def _options(c: Tensor, width: int, num_heads: int) -> dict[str, Any]:
+    return {
+        "WIDTH": width,
+        "NUM_HEADS": num_heads,
+        "CHANNELS": CHANNELS,
+        "COLUMNS": power_of_two(2 * num_heads, least=16),
+        "PRECISION": product_precision(c.dtype),
+        "num_warps": 4,
+        "num_stages": 2,
+    }

@@ -1,104 +1,184 @@
-"""Triton kernels for block-diagonal layers of 4 x 4 matrices: one program a tile of tokens and channels.
+"""Triton kernels for what ViL's mLSTM is fed: q, k and v by matrices of 4 x 4 blocks, and the gates.
 
-A tile is cut into the four channels of each group, which a thread holds side by side, so that numbers are read and
-written in long pieces and only change places inside a thread.
+All that they do is to move numbers, so that the 4 x 4 blocks of some channels are multiplied as one matrix, zeros and
+all: matrix cores do so in less time than the numbers take to arrive. Both gates are columns of one product, first those
+of i, one a head, then those of f.
 """
 
 # Kernels are Triton's language: not all of it has Python's types.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl
 
-from linvision.ops.backends.triton.tiles import place
+from linvision.ops.backends.triton.tiles import dot, place, rows, store_rows
 
 
 @triton.jit
-def _load_parts(x, batch, token, group, num_tokens, num_groups, x_batch, x_token):
-    """Load tokens' channels in float32: the first, second, third and fourth of each group, (T, G) each."""
-    at = batch * x_batch + token.to(tl.int64) * x_token
-    channel = group[:, None] * 4 + tl.arange(0, 4)[None, :]
-    inside = (token < num_tokens)[:, None, None] & (group < num_groups)[None, :, None]
-    tile = tl.load(x + at[:, None, None] + channel[None, :, :], inside, other=0.0).to(tl.float32)
-    even, odd = tl.split(tl.reshape(tile, (token.shape[0], group.shape[0], 2, 2)))
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    return first, second, third, fourth
+def _matrix(weight, channel, WIDTH: tl.constexpr):
+    """Load a part of a projection (G, 4, 4) as a matrix (channels in, channels out)."""
+    into, out = channel[:, None], channel[None, :]
+    return tl.load(weight + out * 4 + into % 4, (into // 4 == out // 4) & (out < WIDTH), other=0.0)
 
 
 @triton.jit
-def _store_parts(y, parts, batch, token, group, num_tokens, num_groups):
-    """Store what ``_load_parts`` loads, contiguous."""
-    at = (batch * num_tokens + token) * (num_groups * 4)
-    channel = group[:, None] * 4 + tl.arange(0, 4)[None, :]
-    inside = (token < num_tokens)[:, None, None] & (group < num_groups)[None, :, None]
-    tile = tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3]))
-    tile = tl.reshape(tile, (token.shape[0], group.shape[0], 4)).to(y.dtype.element_ty)
-    tl.store(y + at[:, None, None] + channel[None, :, :], tile, tl.broadcast_to(inside, tile.shape))
+def _project(x, weight, bias, channel, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
+    """Compute some channels of q, k or v from those of its tokens, in their type."""
+    sums = tl.zeros((x.shape[0], channel.shape[0]), tl.float32)
+    sums = dot(x, _matrix(weight, channel, WIDTH).to(x.dtype), sums, PRECISION)
+    return (sums + _load_bias(bias, channel, WIDTH)[None, :]).to(x.dtype)
 
 
 @triton.jit
-def _multiply(parts, weight, group, num_groups, TRANSPOSED: tl.constexpr):
-    """Multiply the channels of each group by its matrix."""
-    results = ()
-    for i in tl.static_range(4):
-        sums = tl.zeros_like(parts[0])
-        for j in tl.static_range(4):
-            entry = group * 16 + i * 4 + j
-            if TRANSPOSED:
-                entry = group * 16 + j * 4 + i
-            w = tl.load(weight + entry, group < num_groups, other=0.0).to(tl.float32)
-            sums += w[None, :] * parts[j]
-        results = results + (sums,)  # noqa: RUF005 - Triton knows no unpacking
-    return results
+def _load_bias(bias, channel, WIDTH: tl.constexpr):
+    values = tl.zeros((channel.shape[0],), tl.float32)
+    if bias is not None:
+        values += tl.load(bias + channel, channel < WIDTH, other=0.0).to(tl.float32)
+    return values
+
+
+@triton.jit
+def _load_gates(i, f, at, column, inside, NUM_HEADS: tl.constexpr):
+    """Load numbers of i for its columns and of f for those that follow, from the same places, in float32."""
+    of_i = tl.load(i + at, inside & (column < NUM_HEADS), other=0.0).to(tl.float32)
+    of_f = tl.load(f + at, inside & (column >= NUM_HEADS) & (column < 2 * NUM_HEADS), other=0.0).to(tl.float32)
+    return of_i + of_f
+
+
+@triton.jit
+def _gate_matrix(
+    i_weight, f_weight, channel, column, SOURCE: tl.constexpr, WIDTH: tl.constexpr, NUM_HEADS: tl.constexpr
+):
+    """Load what the gates take of some channels of q, k or v (``SOURCE`` 0, 1, 2): (channels, columns)."""
+    at = (column % NUM_HEADS)[None, :] * (3 * WIDTH) + (SOURCE * WIDTH + channel)[:, None]
+    return _load_gates(i_weight, f_weight, at, column[None, :], (channel < WIDTH)[:, None], NUM_HEADS)
 
 
 @triton.jit
 def forward_kernel(
-    x, weight, bias, y, num_tokens, num_groups, x_batch, x_token,
-    TOKENS: tl.constexpr, GROUPS: tl.constexpr, BIASED: tl.constexpr,
+    c, x, q, k, v, i, f,
+    q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, i_weight, f_weight, i_bias, f_bias,
+    num_tokens, c_batch, c_token, x_batch, x_token,
+    WIDTH: tl.constexpr, NUM_HEADS: tl.constexpr,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute y (B, S, 4 G)."""
-    _, first, group, batch = place(num_tokens, num_groups, TOKENS, GROUPS)
-    token = first + tl.arange(0, TOKENS)
-    parts = _load_parts(x, batch, token, group, num_tokens, num_groups, x_batch, x_token)
-    sums = _multiply(parts, weight, group, num_groups, False)
-    if BIASED:
-        biased = ()
-        for i in tl.static_range(4):
-            of_part = tl.load(bias + group * 4 + i, group < num_groups, other=0.0).to(tl.float32)
-            biased = biased + (sums[i] + of_part[None, :],)  # noqa: RUF005
-        sums = biased
-    _store_parts(y, sums, batch, token, group, num_tokens, num_groups)
+    """Compute q, k, v (B, S, E) and i, f (B, S, H) of a tile of tokens, some channels after the other."""
+    _, first, _, batch = place(num_tokens, 1, TOKENS)
+    token = (first + tl.arange(0, TOKENS)).to(tl.int64)
+    valid = token < num_tokens
+    at = batch * num_tokens + token
+    c += batch * c_batch
+    x += batch * x_batch
+    column = tl.arange(0, COLUMNS)
+    gates = tl.zeros((TOKENS, COLUMNS), tl.float32)
+    for start in range(0, WIDTH, CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)
+        from_c = rows(c, token, c_token, valid, channel, WIDTH)
+        from_x = rows(x, token, x_token, valid, channel, WIDTH)
+        queries = _project(from_c, q_weight, q_bias, channel, WIDTH, PRECISION)
+        keys = _project(from_c, k_weight, k_bias, channel, WIDTH, PRECISION)
+        values = _project(from_x, v_weight, v_bias, channel, WIDTH, PRECISION)
+        store_rows(q, queries, at, WIDTH, valid, channel, WIDTH)
+        store_rows(k, keys, at, WIDTH, valid, channel, WIDTH)
+        store_rows(v, values, at, WIDTH, valid, channel, WIDTH)
+        of_q = _gate_matrix(i_weight, f_weight, channel, column, 0, WIDTH, NUM_HEADS).to(c.dtype.element_ty)
+        of_k = _gate_matrix(i_weight, f_weight, channel, column, 1, WIDTH, NUM_HEADS).to(c.dtype.element_ty)
+        of_v = _gate_matrix(i_weight, f_weight, channel, column, 2, WIDTH, NUM_HEADS).to(c.dtype.element_ty)
+        gates = dot(values, of_v, dot(keys, of_k, dot(queries, of_q, gates, PRECISION), PRECISION), PRECISION)
+    head = column % NUM_HEADS
+    gates += _load_gates(i_bias, f_bias, head, column, column >= 0, NUM_HEADS)[None, :]
+    store_rows(i, gates, at, NUM_HEADS, valid, column, NUM_HEADS)
+    of_f = valid[:, None] & ((column >= NUM_HEADS) & (column < 2 * NUM_HEADS))[None, :]
+    tl.store(f + at[:, None] * NUM_HEADS + head[None, :], gates, of_f)
+
+
+@triton.jit
+def _store_sums(
+    sums, of_matrix, of_bias, gates_by_x, gate_sum, weight, bias, channel, column,
+    WIDTH: tl.constexpr, NUM_HEADS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store the gradients of a projection (4, E), of its bias (E) and of what the gates take of it (2 H, E).
+
+    The last are sums of the gates' gradients times q, k or v, which come from those times the tokens.
+    """
+    into, out = channel[:, None], channel[None, :]
+    tl.store(sums + into % 4 * WIDTH + out, of_matrix, (into // 4 == out // 4) & (out < WIDTH))
+    tl.store(sums + 4 * WIDTH + channel, tl.sum(of_bias, 0), channel < WIDTH)
+    of_gates = tl.sum(gate_sum, 0)[:, None] * _load_bias(bias, channel, WIDTH)[None, :]
+    of_gates = dot(gates_by_x, _matrix(weight, channel, WIDTH).to(tl.float32), of_gates, PRECISION)
+    store_rows(sums + 5 * WIDTH, of_gates, column, WIDTH, column < 2 * NUM_HEADS, channel, WIDTH)
+
+
+@triton.jit
+def _gradients(
+    dy, tokens, d_gates, to_gates, matrix, d_tokens, of_matrix, of_bias, OPERAND: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Add what a tile of dq, dk or dv, together with the gates' gradients, gives its tokens and its parameters."""
+    gradient = dot(d_gates, to_gates, dy.to(tl.float32), PRECISION)
+    d_tokens = dot(gradient.to(OPERAND), matrix, d_tokens, PRECISION)
+    of_matrix = dot(tl.trans(tokens), gradient.to(OPERAND), of_matrix, PRECISION)
+    return d_tokens, of_matrix, of_bias + gradient
 
 
 @triton.jit
 def backward_kernel(
-    dy, x, weight, dx, sums, num_tokens, num_groups, dy_batch, dy_token, x_batch, x_token,
-    TOKENS: tl.constexpr, GROUPS: tl.constexpr, TILES: tl.constexpr,
+    dq, dk, dv, di, df, c, x, dc, dx, sums,
+    q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, i_weight, f_weight,
+    num_tokens, dq_batch, dq_token, dk_batch, dk_token, dv_batch, dv_token, c_batch, c_token, x_batch, x_token,
+    WIDTH: tl.constexpr, NUM_HEADS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
+    TILES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute dx (B, S, 4 G), and in parts, to be added, the sums over tokens (programs by tokens, 20, G).
+    """Compute dc and dx (B, S, E), and in parts, to be added, the sums over tokens (pieces of tokens, 3, 5 + 2 H, E).
 
-    These are dy_i x_j, at 4 i + j, then dy_i.
+    The latter are those of q, k and v; see ``_store_sums``.
     """
-    piece, first, group, batch = place(num_tokens, num_groups, TILES * TOKENS, GROUPS)
-    gradients = ()
-    for _ in tl.static_range(20):
-        gradients = gradients + (tl.zeros((TOKENS, GROUPS), tl.float32),)  # noqa: RUF005
+    piece, first, block, batch = place(num_tokens, tl.cdiv(WIDTH, CHANNELS), TILES * TOKENS)
+    channel = block * CHANNELS + tl.arange(0, CHANNELS)
+    column = tl.arange(0, COLUMNS)
+    q_matrix = tl.trans(_matrix(q_weight, channel, WIDTH)).to(OPERAND)
+    k_matrix = tl.trans(_matrix(k_weight, channel, WIDTH)).to(OPERAND)
+    v_matrix = tl.trans(_matrix(v_weight, channel, WIDTH)).to(OPERAND)
+    to_q = tl.trans(_gate_matrix(i_weight, f_weight, channel, column, 0, WIDTH, NUM_HEADS)).to(OPERAND)
+    to_k = tl.trans(_gate_matrix(i_weight, f_weight, channel, column, 1, WIDTH, NUM_HEADS)).to(OPERAND)
+    to_v = tl.trans(_gate_matrix(i_weight, f_weight, channel, column, 2, WIDTH, NUM_HEADS)).to(OPERAND)
+    of_q = tl.zeros((CHANNELS, CHANNELS), tl.float32)
+    of_k, of_v = tl.zeros_like(of_q), tl.zeros_like(of_q)
+    q_sum = tl.zeros((TOKENS, CHANNELS), tl.float32)
+    k_sum, v_sum = tl.zeros_like(q_sum), tl.zeros_like(q_sum)
+    gates_by_c = tl.zeros((COLUMNS, CHANNELS), tl.float32)
+    gates_by_x = tl.zeros_like(gates_by_c)
+    gate_sum = tl.zeros((TOKENS, COLUMNS), tl.float32)
     for tile in range(0, TILES):
-        token = first + tile * TOKENS + tl.arange(0, TOKENS)
-        of_y = _load_parts(dy, batch, token, group, num_tokens, num_groups, dy_batch, dy_token)
-        of_x = _load_parts(x, batch, token, group, num_tokens, num_groups, x_batch, x_token)
-        products = _multiply(of_y, weight, group, num_groups, True)
-        _store_parts(dx, products, batch, token, group, num_tokens, num_groups)
-        following = ()
-        for i in tl.static_range(4):
-            for j in tl.static_range(4):
-                following = following + (gradients[4 * i + j] + of_y[i] * of_x[j],)  # noqa: RUF005
-        for i in tl.static_range(4):
-            following = following + (gradients[16 + i] + of_y[i],)  # noqa: RUF005
-        gradients = following
-    for number in tl.static_range(20):
-        at = (piece.to(tl.int64) * 20 + number) * num_groups + group
-        tl.store(sums + at, tl.sum(gradients[number], 0), group < num_groups)
+        token = (first + tile * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+        valid = token < num_tokens
+        at = batch * num_tokens + token
+        from_c = rows(c + batch * c_batch, token, c_token, valid, channel, WIDTH).to(OPERAND)
+        from_x = rows(x + batch * x_batch, token, x_token, valid, channel, WIDTH).to(OPERAND)
+        in_gates = at[:, None] * NUM_HEADS + (column % NUM_HEADS)[None, :]
+        d_gates = _load_gates(di, df, in_gates, column[None, :], valid[:, None], NUM_HEADS)
+        gate_sum += d_gates
+        d_gates = d_gates.to(OPERAND)
+
+        d_c = tl.zeros((TOKENS, CHANNELS), tl.float32)
+        d_x = tl.zeros_like(d_c)
+        gradient = rows(dq + batch * dq_batch, token, dq_token, valid, channel, WIDTH)
+        d_c, of_q, q_sum = _gradients(gradient, from_c, d_gates, to_q, q_matrix, d_c, of_q, q_sum, OPERAND, PRECISION)
+        gradient = rows(dk + batch * dk_batch, token, dk_token, valid, channel, WIDTH)
+        d_c, of_k, k_sum = _gradients(gradient, from_c, d_gates, to_k, k_matrix, d_c, of_k, k_sum, OPERAND, PRECISION)
+        gradient = rows(dv + batch * dv_batch, token, dv_token, valid, channel, WIDTH)
+        d_x, of_v, v_sum = _gradients(gradient, from_x, d_gates, to_v, v_matrix, d_x, of_v, v_sum, OPERAND, PRECISION)
+        gates_by_c = dot(tl.trans(d_gates), from_c, gates_by_c, PRECISION)
+        gates_by_x = dot(tl.trans(d_gates), from_x, gates_by_x, PRECISION)
+        store_rows(dc, d_c, at, WIDTH, valid, channel, WIDTH)
+        store_rows(dx, d_x, at, WIDTH, valid, channel, WIDTH)
+    ROOM: tl.constexpr = (5 + 2 * NUM_HEADS) * WIDTH
+    sums += piece.to(tl.int64) * (3 * ROOM)
+    _store_sums(sums, of_q, q_sum, gates_by_c, gate_sum, q_weight, q_bias, channel, column, WIDTH, NUM_HEADS, PRECISION)
+    _store_sums(
+        sums + ROOM, of_k, k_sum, gates_by_c, gate_sum, k_weight, k_bias, channel, column, WIDTH, NUM_HEADS, PRECISION
+    )
+    _store_sums(
+        sums + 2 * ROOM, of_v, v_sum, gates_by_x, gate_sum, v_weight, v_bias, channel, column, WIDTH, NUM_HEADS,
+        PRECISION,
+    )  # fmt: skip

@@ -56,7 +56,8 @@ def forward_kernel(
     TOP: tl.constexpr, LEFT: tl.constexpr, REVERSE: tl.constexpr, BIASED: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """Compute y (B, S, C) of a grid x (B, rows, columns, C) of S tokens."""
-    _, first, channel, batch = place(num_tokens, channels, TOKENS, CHANNELS)
+    _, first, block, batch = place(num_tokens, tl.cdiv(channels, CHANNELS), TOKENS)
+    channel = block * CHANNELS + tl.arange(0, CHANNELS)
     token = first + tl.arange(0, TOKENS)
     sums = _convolve(
         x + batch * x_batch, weight, bias, token, channel, num_tokens, columns, channels, x_row, x_column,
@@ -80,7 +81,8 @@ def sums_kernel(
 
     The latter in parts (programs by tokens, taps and 1, C), to be added: of weights, then of the bias.
     """
-    group, first, channel, batch = place(num_tokens, channels, TILES * TOKENS, CHANNELS)
+    group, first, block, batch = place(num_tokens, tl.cdiv(channels, CHANNELS), TILES * TOKENS)
+    channel = block * CHANNELS + tl.arange(0, CHANNELS)
     dy += batch * dy_batch
     x += batch * x_batch
     in_block = channel < channels

@@ -14,7 +14,7 @@ gates' gradients are sums of q . dq - k . dk, where roundings cancel if they are
 import triton
 import triton.language as tl
 
-from linvision.ops.backends.triton.mlstm_states import dot
+from linvision.ops.backends.triton.tiles import dot, rows, store_rows
 
 
 @triton.jit
@@ -36,23 +36,17 @@ def _tokens(position, num_tokens, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def _rows(x, token, stride, valid, column, width):
-    """Load some channels of some tokens."""
-    return tl.load(x + token[:, None] * stride + column[None, :], valid[:, None] & (column < width)[None, :], other=0.0)
-
-
-@triton.jit
 def _products(
     x, y, first, x_token, y_token, x_stride, y_stride, x_valid, y_valid,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute x . y for all pairs of tokens. ``first``: the first block of channels of x, already loaded."""
     column = tl.arange(0, BLOCK)
-    y_block = _rows(y, y_token, y_stride, y_valid, column, WIDTH)
+    y_block = rows(y, y_token, y_stride, y_valid, column, WIDTH)
     scores = dot(first, tl.trans(y_block), tl.zeros((TOKENS, TOKENS), tl.float32), PRECISION)
     for start in range(BLOCK, WIDTH, BLOCK):
-        x_block = _rows(x, x_token, x_stride, x_valid, start + column, WIDTH)
-        y_block = _rows(y, y_token, y_stride, y_valid, start + column, WIDTH)
+        x_block = rows(x, x_token, x_stride, x_valid, start + column, WIDTH)
+        y_block = rows(y, y_token, y_stride, y_valid, start + column, WIDTH)
         scores = dot(x_block, tl.trans(y_block), scores, PRECISION)
     return scores
 
@@ -71,7 +65,7 @@ def _state_products(
     result = dot(first.to(OPERAND), block, zeros, PRECISION)
     for start in range(BLOCK, WIDTH, BLOCK):
         row = start + tl.arange(0, BLOCK)
-        x_block = _rows(x, x_token, x_stride, x_valid, row, WIDTH).to(OPERAND)
+        x_block = rows(x, x_token, x_stride, x_valid, row, WIDTH).to(OPERAND)
         block = tl.load(at + row[:, None] * row_stride, (row < WIDTH)[:, None] & inside, other=0.0)
         result = dot(x_block, block, result, PRECISION)
     return result
@@ -84,7 +78,7 @@ def _vector_products(x, first, x_token, x_stride, x_valid, vector, WIDTH: tl.con
     result = tl.sum(first.to(tl.float32) * tl.load(vector + column, column < WIDTH, other=0.0)[None, :], 1)
     for start in range(BLOCK, WIDTH, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        x_block = _rows(x, x_token, x_stride, x_valid, column, WIDTH).to(tl.float32)
+        x_block = rows(x, x_token, x_stride, x_valid, column, WIDTH).to(tl.float32)
         result += tl.sum(x_block * tl.load(vector + column, column < WIDTH, other=0.0)[None, :], 1)
     return result
 
@@ -118,7 +112,7 @@ def queries_kernel(
     token = _tokens(position, num_tokens, REVERSE)
     column = part * COLUMNS + tl.arange(0, COLUMNS)
     query = tl.load(queries + padded + position)
-    first = _rows(x, token, x_token, valid, tl.arange(0, BLOCK), WIDTH)
+    first = rows(x, token, x_token, valid, tl.arange(0, BLOCK), WIDTH)
     sums = tl.zeros((TOKENS, COLUMNS), tl.float32)
     norm = tl.zeros((TOKENS,), tl.float32)
     if BACKWARD:
@@ -136,7 +130,7 @@ def queries_kernel(
             scores = scores * inverse[:, None] + d_norms[:, None]
         scores = tl.where(s[None, :] <= position[:, None], scores * weight, 0.0)
         norm += tl.sum(scores, 1)
-        z_block = _rows(z, s_token, z_token, s_valid, column, WIDTH)
+        z_block = rows(z, s_token, z_token, s_valid, column, WIDTH)
         sums = dot(scores.to(OPERAND), z_block.to(OPERAND), sums, PRECISION)
     sums *= scale
     norm *= scale
@@ -156,16 +150,15 @@ def queries_kernel(
             )
             sums += decay[:, None] * from_state
             norm += decay * _vector_products(x, first, token, x_token, valid, vector, WIDTH, BLOCK)
-    inside = valid[:, None] & (column < WIDTH)[None, :]
     if BACKWARD:
         own += batch * own_batch + in_batch * own_head
-        q = _rows(own, token, own_token, valid, column, WIDTH).to(tl.float32)
+        q = rows(own, token, own_token, valid, column, WIDTH).to(tl.float32)
         at = products + (part * num_all_heads + head) * num_tokens + position
         tl.store(at, tl.sum(q * sums, 1), valid)
     else:
         sums /= (tl.maximum(tl.abs(norm), tl.load(floor + padded + position)) + EPS)[:, None]
     out += batch * out_batch + in_batch * out_head
-    tl.store(out + token[:, None] * out_token + column[None, :], sums.to(out.dtype.element_ty), inside)
+    store_rows(out, sums, token, out_token, valid, column, WIDTH)
 
 
 @triton.jit
@@ -198,7 +191,7 @@ def keys_kernel(
     token = _tokens(position, num_tokens, REVERSE)
     column = part * COLUMNS + tl.arange(0, COLUMNS)
     key = tl.load(keys + padded + position)
-    first = _rows(x, token, x_token, valid, tl.arange(0, BLOCK), WIDTH)
+    first = rows(x, token, x_token, valid, tl.arange(0, BLOCK), WIDTH)
     sums = tl.zeros((TOKENS, COLUMNS), tl.float32)
     for other in range(tile, tl.minimum((chunk + 1) * CHUNK // TOKENS, num_tiles)):
         t = other * TOKENS + tl.arange(0, TOKENS)
@@ -212,7 +205,7 @@ def keys_kernel(
             scores += tl.load(d_norm + padded + t, t_valid, other=0.0)[None, :]
         weight = tl.exp2(key[:, None] - tl.load(queries + padded + t)[None, :])
         scores = tl.where(t[None, :] >= position[:, None], scores * weight, 0.0)
-        z_block = _rows(z, t_token, z_token, t_valid, column, WIDTH)
+        z_block = rows(z, t_token, z_token, t_valid, column, WIDTH)
         sums = dot(scores.to(OPERAND), z_block.to(OPERAND), sums, PRECISION)
     if FINAL or chunk < num_chunks - 1:
         slot = chunk * num_all_heads + head
@@ -228,14 +221,13 @@ def keys_kernel(
             )
         sums += tl.exp2(key)[:, None] * from_state
     sums *= scale
-    inside = valid[:, None] & (column < WIDTH)[None, :]
     if OF_KEYS:
         own += batch * own_batch + in_batch * own_head
-        k = _rows(own, token, own_token, valid, column, WIDTH).to(tl.float32)
+        k = rows(own, token, own_token, valid, column, WIDTH).to(tl.float32)
         at = products + (part * num_all_heads + head) * num_tokens + position
         tl.store(at, tl.sum(k * sums, 1), valid)
     out += batch * out_batch + in_batch * out_head
-    tl.store(out + token[:, None] * out_token + column[None, :], sums.to(out.dtype.element_ty), inside)
+    store_rows(out, sums, token, out_token, valid, column, WIDTH)
 
 
 @triton.jit
@@ -261,7 +253,7 @@ def norms_kernel(
     valid = position < num_tokens
     token = _tokens(position, num_tokens, REVERSE)
     query = tl.load(queries + padded + position)
-    first = _rows(q, token, q_token, valid, tl.arange(0, BLOCK), WIDTH)
+    first = rows(q, token, q_token, valid, tl.arange(0, BLOCK), WIDTH)
     norm = tl.zeros((TOKENS,), tl.float32)
     for other in range(chunk * CHUNK // TOKENS, tile + 1):
         s = other * TOKENS + tl.arange(0, TOKENS)
@@ -279,8 +271,8 @@ def norms_kernel(
     dot = tl.zeros((TOKENS,), tl.float32)
     for start in range(0, WIDTH, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        of_h = _rows(h, token, h_token, valid, column, WIDTH).to(tl.float32)
-        dot += tl.sum(of_h * _rows(dh, token, dh_token, valid, column, WIDTH).to(tl.float32), 1)
+        of_h = rows(h, token, h_token, valid, column, WIDTH).to(tl.float32)
+        dot += tl.sum(of_h * rows(dh, token, dh_token, valid, column, WIDTH).to(tl.float32), 1)
     least = tl.load(floor + padded + position)
     inverse = 1.0 / (tl.maximum(tl.abs(norm), least) + EPS)
     sign = tl.where(norm > 0, 1.0, -1.0)

@@ -7,13 +7,7 @@ powers of two, and no program ever holds a whole state of a wide head.
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def dot(a, b, sums, PRECISION: tl.constexpr):
-    """Add a matrix product to float32 sums; Triton's interpreter cannot multiply bfloat16 and has it widened."""
-    if PRECISION == "interpreted":
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="ieee")
-    return tl.dot(a, b, sums, input_precision=PRECISION)
+from linvision.ops.backends.triton.tiles import dot
 
 
 @triton.jit

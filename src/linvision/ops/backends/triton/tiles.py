@@ -1,4 +1,4 @@
-"""Where a program stands, in Triton kernels that cut sequences into tiles of tokens and of columns."""
+"""What Triton kernels share that cut sequences into tiles: where a program stands, rows of tokens, matrix products."""
 
 # Kernels are Triton's language: not all of it has Python's types.
 # pyright: reportOperatorIssue=false
@@ -8,9 +8,29 @@ import triton.language as tl
 
 
 @triton.jit
-def place(num_tokens, num_columns, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return the number of this program's piece of tokens in the batch, its first token, its columns, its sequence."""
-    num_pieces, num_blocks = tl.cdiv(num_tokens, TOKENS), tl.cdiv(num_columns, COLUMNS)
-    column = (tl.program_id(0) % num_blocks) * COLUMNS + tl.arange(0, COLUMNS)
+def place(num_tokens, num_blocks, TOKENS: tl.constexpr):
+    """Return which piece of all tokens a program has, its first token, its block of channels and its sequence."""
+    num_pieces = tl.cdiv(num_tokens, TOKENS)
     piece = tl.program_id(0) // num_blocks
-    return piece, (piece % num_pieces) * TOKENS, column, (piece // num_pieces).to(tl.int64)
+    return piece, (piece % num_pieces) * TOKENS, tl.program_id(0) % num_blocks, (piece // num_pieces).to(tl.int64)
+
+
+@triton.jit
+def rows(x, token, stride, valid, column, width):
+    """Load some channels of some tokens; what is not valid, or beyond the width, is zero."""
+    return tl.load(x + token[:, None] * stride + column[None, :], valid[:, None] & (column < width)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(y, tile, token, stride, valid, column, width):
+    """Store what ``rows`` loads."""
+    at = y + token[:, None] * stride + column[None, :]
+    tl.store(at, tile.to(y.dtype.element_ty), valid[:, None] & (column < width)[None, :])
+
+
+@triton.jit
+def dot(a, b, sums, PRECISION: tl.constexpr):
+    """Add a matrix product to float32 sums; Triton's interpreter cannot multiply bfloat16 and has it widened."""
+    if PRECISION == "interpreted":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="ieee")
+    return tl.dot(a, b, sums, input_precision=PRECISION)
