@@ -62,7 +62,7 @@ class Launch:
             x = given[name]
             if isinstance(x, Tensor):
                 signature[name] = f"*{TYPES[x.dtype]}"
-            elif name in self.options or x is None or x == 1:
+            elif self.kernel.params[place].is_constexpr or x is None or x == 1:
                 signature[name], constants[name] = "constexpr", x
                 continue
             elif isinstance(x, float):

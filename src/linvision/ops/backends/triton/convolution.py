@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linvision.ops.backends.strides import leading_strides, with_unit_stride
+from linvision.ops.backends.strides import contiguous, with_unit_stride
 from linvision.ops.backends.triton.device import launch, power_of_two, unusable
 
 DEVICE = "cuda"
@@ -35,19 +35,19 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *, causal: bool, sil
     """Convolve a grid (B, rows, columns, C) with kernels (C, 1, kernel rows, kernel columns)."""
     from linvision.ops.backends.triton.convolution_kernels import forward_kernel
 
-    x, weight, bias = with_unit_stride(x), weight.contiguous(), None if bias is None else bias.contiguous()
+    x = with_unit_stride(x)
     batch, rows, columns, channels = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     launch(
         forward_kernel,
         batch * -(-rows * columns // FORWARD_TOKENS) * _num_blocks(channels),
-        *(x, weight, weight if bias is None else bias, y),
-        *(rows * columns, columns, channels),
-        *leading_strides(x),
+        *(x, *_parameters(weight, bias), y),
+        *(rows * columns, columns, *x.stride()[:2]),
+        X_COLUMN=x.stride(2),
         TOKENS=FORWARD_TOKENS,
         SILU=silu,
         like=x,
-        **_options(weight, bias, causal, reverse),
+        **_options(weight, causal, reverse),
     )
     return y
 
@@ -58,8 +58,7 @@ def backward(
     """Return the gradients of x, weight and bias (float32 where there is no bias)."""
     from linvision.ops.backends.triton.convolution_kernels import sums_kernel
 
-    dy, x, weight = with_unit_stride(dy), with_unit_stride(x), weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    dy, x = with_unit_stride(dy), with_unit_stride(x)
     (batch, rows, columns, channels), taps = x.shape, weight[0].numel()
     tiles = min(BACKWARD_TILES, power_of_two(-(-rows * columns // BACKWARD_TOKENS)))
     groups = batch * -(-rows * columns // (tiles * BACKWARD_TOKENS))
@@ -68,19 +67,25 @@ def backward(
     launch(
         sums_kernel,
         groups * _num_blocks(channels),
-        *(dy, x, weight, weight if bias is None else bias, d_sum, parts),
-        *(rows * columns, columns, channels),
-        *leading_strides(dy, x),
+        *(dy, x, *_parameters(weight, bias), d_sum, parts),
+        *(rows * columns, columns, *dy.stride()[:2], *x.stride()[:2]),
+        DY_COLUMN=dy.stride(2),
+        X_COLUMN=x.stride(2),
         TOKENS=BACKWARD_TOKENS,
         TILES=tiles,
         SILU=silu,
         like=x,
-        **_options(weight, bias, causal, reverse),
+        **_options(weight, causal, reverse),
     )
     dx = forward(d_sum, weight, None, causal=causal, silu=False, reverse=not reverse)
     gradients = parts.sum(0)
     dweight = gradients[:taps].mT.reshape(weight.shape).to(weight.dtype)
     return dx, dweight, gradients[taps].to(torch.float32 if bias is None else bias.dtype, copy=True)
+
+
+def _parameters(weight: Tensor, bias: Tensor | None) -> list[Tensor | None]:
+    """Return weight as (taps, C), so that neighbouring channels are read at once, and bias."""
+    return contiguous(weight.flatten(1).mT, bias)
 
 
 def _num_blocks(channels: int) -> int:
@@ -91,15 +96,15 @@ def _channels(channels: int) -> int:
     return min(CHANNELS, power_of_two(channels))
 
 
-def _options(weight: Tensor, bias: Tensor | None, causal: bool, reverse: bool) -> dict[str, Any]:
+def _options(weight: Tensor, causal: bool, reverse: bool) -> dict[str, Any]:
     kernel_rows, kernel_columns = weight.shape[2:]
     return {
+        "WIDTH": len(weight),
         "CHANNELS": _channels(len(weight)),
         "TAPS": kernel_rows * kernel_columns,
         "KERNEL_COLUMNS": kernel_columns,
         "TOP": 0 if causal else kernel_rows // 2,
         "LEFT": kernel_columns - 1 if causal else kernel_columns // 2,
         "REVERSE": reverse,
-        "BIASED": bias is not None,
         "num_warps": 4,
     }

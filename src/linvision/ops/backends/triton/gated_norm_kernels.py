@@ -7,7 +7,7 @@
 import triton
 import triton.language as tl
 
-from linvision.ops.backends.triton.tiles import place, rows, store_rows
+from linvision.ops.backends.triton.tiles import place, rows, sigmoid, store_rows
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def forward_kernel(
     sums += _load_vector(skip + start, column, HEAD_DIM) * of_c
     if GATED:
         of_z = rows(z + batch * z_batch + start, token, z_token, valid, column, HEAD_DIM).to(tl.float32)
-        sums *= of_z / (1.0 + tl.exp(-of_z))
+        sums *= of_z * sigmoid(of_z)
     store_rows(y + start, sums, batch * num_tokens + token, num_heads * HEAD_DIM, valid, column, HEAD_DIM)
 
 
@@ -80,9 +80,9 @@ def backward_kernel(
         of_y = rows(dy + batch * dy_batch + start, token, dy_token, valid, column, HEAD_DIM).to(tl.float32)
         normalised, inverse = _normalise(of_h, column, eps, HEAD_DIM)
         ungated = normalised * scale + shift + of_skip * of_c
-        sigmoid = 1.0 / (1.0 + tl.exp(-of_z))
-        d_gate = of_y * ungated * sigmoid * (1.0 + of_z * (1.0 - sigmoid))
-        d_sums = of_y * of_z * sigmoid
+        opened = sigmoid(of_z)
+        d_gate = of_y * ungated * opened * (1.0 + of_z * (1.0 - opened))
+        d_sums = of_y * of_z * opened
         d_bias += d_sums
         d_weight += d_sums * normalised
         d_skip += d_sums * of_c

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from linvision.ops._selective_scan_tiled import Inputs, interval
-from linvision.ops.backends.strides import leading_strides, with_unit_stride
+from linvision.ops.backends.strides import with_unit_stride
 from linvision.ops.backends.triton.device import launch, power_of_two, unusable
 
 DEVICE = "cuda"
@@ -52,19 +52,19 @@ def forward(inputs: Inputs, initial_state: Tensor | None, keep_states: bool) -> 
     y = torch.empty(inputs.u.shape, dtype=inputs.u.dtype, device=inputs.u.device)
     final = inputs.A.new_empty(batch, num_states, width)
     kept = inputs.A.new_empty(num_intervals if keep_states else 0, batch, num_states, width)
-    tensors, strides = _arguments(inputs)
+    tensors, strides, of_tokens = _arguments(inputs)
     start = final if initial_state is None else initial_state.mT.contiguous()
     launch(
         forward_kernel,
         batch * _num_blocks(width),
         *tensors,
         *(start, y, final, kept),
-        *(num_tokens, num_intervals, width),
-        *strides,
+        *(num_tokens, num_intervals, *strides),
         START=initial_state is not None,
         KEEP=keep_states,
         like=inputs.u,
         **_options(inputs),
+        **of_tokens,
     )
     return y, final.mT.contiguous(), kept
 
@@ -88,7 +88,7 @@ def backward(inputs: Inputs, kept: Tensor, dy: Tensor, d_final: Tensor) -> dict[
     }
     parts |= {name: inputs.A.new_empty(shape) for name, shape in shapes.items() if name in given or name == "BC"}
     parts["initial_state"] = inputs.A.new_empty(batch, num_states, width)
-    tensors, strides = _arguments(inputs)
+    tensors, strides, of_tokens = _arguments(inputs)
     dy = with_unit_stride(dy)
     unused = parts["u"]
     launch(
@@ -98,11 +98,11 @@ def backward(inputs: Inputs, kept: Tensor, dy: Tensor, d_final: Tensor) -> dict[
         *(kept, dy, d_final.mT.contiguous()),
         *(parts.get(name, unused) for name in GRADIENTS),
         inputs.A.new_empty(interval(num_states) // TILE, batch, num_states, width),
-        *(num_tokens, len(kept), width),
-        *strides,
-        *leading_strides(dy),
+        *(num_tokens, len(kept), *strides, dy.stride(0)),
+        DY_TOKEN=dy.stride(1),
         like=inputs.u,
         **_options(inputs),
+        **of_tokens,
     )
     parts["B"], parts["C"] = parts.pop("BC").unbind(3)
     parts["initial_state"] = parts["initial_state"].mT.contiguous()
@@ -121,14 +121,18 @@ def _channels(width: int) -> int:
     return min(64 if torch.version.hip is not None else CHANNELS, power_of_two(width))
 
 
-def _arguments(inputs: Inputs) -> tuple[list[Tensor], list[int]]:
-    """Return the tensors that both kernels read, something harmless for those not given, and the tokens' strides."""
+def _arguments(inputs: Inputs) -> tuple[list[Tensor], list[int], dict[str, int]]:
+    """Return the tensors that both kernels read, something harmless for those not given, and the strides of some.
+
+    Those from token to token are constants of a compilation: their arithmetic, in 64 bits, would be a fifth of it all.
+    """
     z, residual = (_given(x, inputs.u) for x in (inputs.z, inputs.residual))
-    u, delta, z, residual = (with_unit_stride(x) for x in (inputs.u, inputs.delta, z, residual))
+    u, delta, z, residual = tokens = [with_unit_stride(x) for x in (inputs.u, inputs.delta, z, residual)]
     # B and C are small, but every thread reads them: side by side, and in the type that they are used in.
     BC = torch.stack((inputs.B, inputs.C), 2).float()
     D, bias = (_given(x, inputs.A).contiguous() for x in (inputs.D, inputs.delta_bias))
-    return [u, delta, inputs.A, BC, D, z, bias, residual], leading_strides(u, delta, z, residual)
+    of_tokens = {f"{name.upper()}_TOKEN": x.stride(1) for name, x in zip(PER_TOKEN, tokens, strict=True)}
+    return [u, delta, inputs.A, BC, D, z, bias, residual], [x.stride(0) for x in tokens], of_tokens
 
 
 def _given(x: Tensor | None, other: Tensor) -> Tensor:
@@ -136,12 +140,13 @@ def _given(x: Tensor | None, other: Tensor) -> Tensor:
 
 
 def _options(inputs: Inputs) -> dict[str, int | bool]:
-    num_states = inputs.A.shape[0]
+    num_states, width = inputs.A.shape
     rows = power_of_two(num_states)
     return {
+        "WIDTH": width,
         "STATES": num_states,
         "ROWS": rows,
-        "CHANNELS": _channels(inputs.u.shape[2]),
+        "CHANNELS": _channels(width),
         "EVERY": interval(num_states),
         "UNROLL": TILE,
         "SOFTPLUS": inputs.delta_softplus,

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from linvision.ops.backends.triton.channel_sums import sum_channels
+from linvision.ops.backends.triton.tiles import sigmoid
 
 
 @triton.jit
@@ -138,7 +139,7 @@ def _scan_tile(
             out += added.to(tl.float32)
         if GATED:
             gate = gate.to(tl.float32)
-            out *= gate / (1.0 + tl.exp(-gate))
+            out *= gate * sigmoid(gate)
         tl.store(y + token.to(tl.int64) * width + channel, out.to(y.dtype.element_ty), mask)
     return s
 
@@ -146,8 +147,9 @@ def _scan_tile(
 @triton.jit
 def forward_kernel(
     u, delta, A, BC, D, z, bias, residual, start, y, final, kept,
-    num_tokens, num_intervals, width,
-    u_batch, u_token, delta_batch, delta_token, z_batch, z_token, residual_batch, residual_token,
+    num_tokens, num_intervals, u_batch, delta_batch, z_batch, residual_batch,
+    WIDTH: tl.constexpr, U_TOKEN: tl.constexpr, DELTA_TOKEN: tl.constexpr, Z_TOKEN: tl.constexpr,
+    RESIDUAL_TOKEN: tl.constexpr,
     STATES: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, EVERY: tl.constexpr, UNROLL: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, SKIP: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr,
     ADDED: tl.constexpr, START: tl.constexpr, KEEP: tl.constexpr,
@@ -156,25 +158,25 @@ def forward_kernel(
 
     An iteration takes two tiles, so that none of their registers has to be copied.
     """
-    num_blocks = tl.cdiv(width, CHANNELS)
+    num_blocks = tl.cdiv(WIDTH, CHANNELS)
     batch_size = (tl.num_programs(0) // num_blocks).to(tl.int64)
     batch = (tl.program_id(0) // num_blocks).to(tl.int64)
     channel = tl.multiple_of((tl.program_id(0) % num_blocks) * CHANNELS + tl.arange(0, CHANNELS), 1)
-    column = tl.minimum(channel, width - 1)
+    column = tl.minimum(channel, WIDTH - 1)
     state = tl.arange(0, ROWS)
-    in_block = channel < width
+    in_block = channel < WIDTH
     in_all = (state < STATES)[:, None] & in_block[None, :]
     u += batch * u_batch
     delta += batch * delta_batch
     BC += batch * num_tokens * (2 * STATES)
     z += batch * z_batch
     residual += batch * residual_batch
-    y += batch * num_tokens * width
+    y += batch * num_tokens * WIDTH
     num_places = num_intervals * EVERY
-    all_states = batch_size * STATES * width
-    rate = tl.load(A + state[:, None] * width + channel[None, :], in_all, other=0.0)
+    all_states = batch_size * STATES * WIDTH
+    rate = tl.load(A + state[:, None] * WIDTH + channel[None, :], in_all, other=0.0)
     s = tl.zeros((ROWS, CHANNELS), tl.float32)
-    of_states = (batch * STATES + state[:, None]) * width + channel[None, :]
+    of_states = (batch * STATES + state[:, None]) * WIDTH + channel[None, :]
     if START:
         s = tl.load(start + of_states, in_all, other=0.0)
     skip = tl.zeros((CHANNELS,), tl.float32)
@@ -185,12 +187,12 @@ def forward_kernel(
         bias_value = tl.load(bias + column)
     values = _load_tile(
         u, delta, BC, z, residual, 0, column, state, num_tokens, num_places,
-        u_token, delta_token, z_token, residual_token, STATES, ROWS, UNROLL, REVERSE, GATED, ADDED,
+        U_TOKEN, DELTA_TOKEN, Z_TOKEN, RESIDUAL_TOKEN, STATES, ROWS, UNROLL, REVERSE, GATED, ADDED,
     )  # fmt: skip
     for first in range(0, num_places, 2 * UNROLL):
         following = _load_tile(
             u, delta, BC, z, residual, first + UNROLL, column, state, num_tokens, num_places,
-            u_token, delta_token, z_token, residual_token, STATES, ROWS, UNROLL, REVERSE, GATED, ADDED,
+            U_TOKEN, DELTA_TOKEN, Z_TOKEN, RESIDUAL_TOKEN, STATES, ROWS, UNROLL, REVERSE, GATED, ADDED,
         )  # fmt: skip
         if KEEP and first % EVERY == 0:
             interval = first // EVERY
@@ -198,15 +200,15 @@ def forward_kernel(
                 interval = num_intervals - 1 - interval
             tl.store(kept + interval * all_states + of_states, s, in_all)
         s = _scan_tile(
-            s, values, y, first, channel, rate, bias_value, skip, num_tokens, num_places, width,
+            s, values, y, first, channel, rate, bias_value, skip, num_tokens, num_places, WIDTH,
             UNROLL, SOFTPLUS, REVERSE, GATED, ADDED,
         )  # fmt: skip
         values = _load_tile(
             u, delta, BC, z, residual, first + 2 * UNROLL, column, state, num_tokens, num_places,
-            u_token, delta_token, z_token, residual_token, STATES, ROWS, UNROLL, REVERSE, GATED, ADDED,
+            U_TOKEN, DELTA_TOKEN, Z_TOKEN, RESIDUAL_TOKEN, STATES, ROWS, UNROLL, REVERSE, GATED, ADDED,
         )  # fmt: skip
         s = _scan_tile(
-            s, following, y, first + UNROLL, channel, rate, bias_value, skip, num_tokens, num_places, width,
+            s, following, y, first + UNROLL, channel, rate, bias_value, skip, num_tokens, num_places, WIDTH,
             UNROLL, SOFTPLUS, REVERSE, GATED, ADDED,
         )  # fmt: skip
     tl.store(final + of_states, s, in_all)
@@ -216,8 +218,9 @@ def forward_kernel(
 def backward_kernel(
     u, delta, A, BC, D, z, bias, residual, kept, dy, d_final,
     du, d_delta, dA, dBC, dD, dz, d_bias, d_residual, d_start, scratch,
-    num_tokens, num_intervals, width,
-    u_batch, u_token, delta_batch, delta_token, z_batch, z_token, residual_batch, residual_token, dy_batch, dy_token,
+    num_tokens, num_intervals, u_batch, delta_batch, z_batch, residual_batch, dy_batch,
+    WIDTH: tl.constexpr, U_TOKEN: tl.constexpr, DELTA_TOKEN: tl.constexpr, Z_TOKEN: tl.constexpr,
+    RESIDUAL_TOKEN: tl.constexpr, DY_TOKEN: tl.constexpr,
     STATES: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, EVERY: tl.constexpr, UNROLL: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, SKIP: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr,
     ADDED: tl.constexpr,
@@ -227,15 +230,15 @@ def backward_kernel(
     Parts: dA (B, N, E), dD and d_bias (B, E), dBC (blocks of channels, B, S, 2, N). ``scratch``: (tiles of an
     interval, B, N, E), the state before each tile of the interval at hand.
     """
-    num_blocks = tl.cdiv(width, CHANNELS)
+    num_blocks = tl.cdiv(WIDTH, CHANNELS)
     batch_size = (tl.num_programs(0) // num_blocks).to(tl.int64)
     batch = (tl.program_id(0) // num_blocks).to(tl.int64)
     block = tl.program_id(0) % num_blocks
     lane = tl.arange(0, CHANNELS)
     channel = tl.multiple_of(block * CHANNELS + lane, 1)
-    column = tl.minimum(channel, width - 1)
+    column = tl.minimum(channel, WIDTH - 1)
     state = tl.arange(0, ROWS)
-    in_block = channel < width
+    in_block = channel < WIDTH
     in_all = (state < STATES)[:, None] & in_block[None, :]
     u += batch * u_batch
     delta += batch * delta_batch
@@ -243,15 +246,15 @@ def backward_kernel(
     z += batch * z_batch
     residual += batch * residual_batch
     dy += batch * dy_batch
-    du += batch * num_tokens * width
-    d_delta += batch * num_tokens * width
-    dz += batch * num_tokens * width
-    d_residual += batch * num_tokens * width
+    du += batch * num_tokens * WIDTH
+    d_delta += batch * num_tokens * WIDTH
+    dz += batch * num_tokens * WIDTH
+    d_residual += batch * num_tokens * WIDTH
     dBC += (block * batch_size + batch) * num_tokens * (2 * STATES)
     num_places = num_intervals * EVERY
-    of_states = (batch * STATES + state[:, None]) * width + channel[None, :]
-    all_states = batch_size * STATES * width
-    rate = tl.load(A + state[:, None] * width + channel[None, :], in_all, other=0.0)
+    of_states = (batch * STATES + state[:, None]) * WIDTH + channel[None, :]
+    all_states = batch_size * STATES * WIDTH
+    rate = tl.load(A + state[:, None] * WIDTH + channel[None, :], in_all, other=0.0)
     skip = tl.zeros((CHANNELS,), tl.float32)
     if SKIP:
         skip = tl.load(D + column)
@@ -272,10 +275,10 @@ def backward_kernel(
             tl.store(scratch + (first // UNROLL) * all_states + of_states, s, in_all)
             for step in tl.static_range(UNROLL):
                 token = _token(start + first + step, num_places, REVERSE)
-                x = _row(u, token, u_token, column, num_tokens).to(tl.float32)
-                raw = _row(delta, token, delta_token, column, num_tokens)
+                x = _row(u, token, U_TOKEN, column, num_tokens).to(tl.float32)
+                raw = _row(delta, token, DELTA_TOKEN, column, num_tokens)
                 of_B = _states_row(BC, token, state, num_tokens, STATES, ROWS)
-                size = _step_size(raw, bias_value, _below(channel, width, token, num_tokens), SOFTPLUS)
+                size = _step_size(raw, bias_value, _below(channel, WIDTH, token, num_tokens), SOFTPLUS)
                 s = _advance(s, size, x, of_B, rate)
         tl.store(scratch + (EVERY // UNROLL - 1) * all_states + of_states, s, in_all)
         tl.debug_barrier()
@@ -284,35 +287,35 @@ def backward_kernel(
             first = start + tile * UNROLL
             values = _load_tile(
                 u, delta, BC, z, residual, first, column, state, num_tokens, num_places,
-                u_token, delta_token, z_token, residual_token, STATES, ROWS, UNROLL, REVERSE, GATED, ADDED,
+                U_TOKEN, DELTA_TOKEN, Z_TOKEN, RESIDUAL_TOKEN, STATES, ROWS, UNROLL, REVERSE, GATED, ADDED,
             )  # fmt: skip
             s = tl.load(scratch + tile * all_states + of_states, in_all, other=0.0)
             known = ()
             for step in tl.static_range(UNROLL):
                 token = _token(first + step, num_places, REVERSE)
                 x, raw, of_B, of_C, gate, added = values[step]
-                size = _step_size(raw, bias_value, _below(channel, width, token, num_tokens), SOFTPLUS)
+                size = _step_size(raw, bias_value, _below(channel, WIDTH, token, num_tokens), SOFTPLUS)
                 known = known + ((s, size),)  # noqa: RUF005
                 s = _advance(s, size, x.to(tl.float32), of_B, rate)
             for back_step in tl.static_range(UNROLL):
                 token = _token(first + UNROLL - 1 - back_step, num_places, REVERSE)
-                mask = _below(channel, width, token, num_tokens)
+                mask = _below(channel, WIDTH, token, num_tokens)
                 x, raw, of_B, of_C, gate, added = values[UNROLL - 1 - back_step]
                 before, size = known[UNROLL - 1 - back_step]
                 x = x.to(tl.float32)
                 update = size * x
-                at = token.to(tl.int64) * width + channel
-                gradient = _row(dy, token, dy_token, column, num_tokens).to(tl.float32)
+                at = token.to(tl.int64) * WIDTH + channel
+                gradient = _row(dy, token, DY_TOKEN, column, num_tokens).to(tl.float32)
                 gradient = tl.where(mask, gradient, 0.0)
                 if GATED:
                     gate = gate.to(tl.float32)
-                    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+                    opened = sigmoid(gate)
                     out = tl.sum(of_C[:, None] * s, 0) + skip * x
                     if ADDED:
                         out += added.to(tl.float32)
-                    of_z = gradient * out * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+                    of_z = gradient * out * opened * (1.0 + gate * (1.0 - opened))
                     tl.store(dz + at, of_z.to(dz.dtype.element_ty), mask)
-                    gradient *= gate * sigmoid
+                    gradient *= gate * opened
                 if ADDED:
                     tl.store(d_residual + at, gradient.to(d_residual.dtype.element_ty), mask)
                 G += of_C[:, None] * gradient[None, :]
@@ -326,7 +329,7 @@ def backward_kernel(
                 sum_A += d_exponent * size[None, :]
                 d_size = tl.sum(d_exponent * rate, 0) + d_update * x
                 if SOFTPLUS:
-                    d_size /= 1.0 + tl.exp(-(raw.to(tl.float32) + bias_value))
+                    d_size *= sigmoid(raw.to(tl.float32) + bias_value)
                 d_size = tl.where(mask, d_size, 0.0)
                 sum_bias += d_size
                 sum_D += gradient * x
@@ -337,6 +340,6 @@ def backward_kernel(
     tl.store(dA + of_states, sum_A, in_all)
     tl.store(d_start + of_states, G, in_all)
     if SKIP:
-        tl.store(dD + batch * width + channel, sum_D, in_block)
+        tl.store(dD + batch * WIDTH + channel, sum_D, in_block)
     if BIASED:
-        tl.store(d_bias + batch * width + channel, sum_bias, in_block)
+        tl.store(d_bias + batch * WIDTH + channel, sum_bias, in_block)

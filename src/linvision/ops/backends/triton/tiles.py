@@ -1,4 +1,4 @@
-"""What Triton kernels share that cut sequences into tiles: where a program stands, rows of tokens, matrix products."""
+"""What Triton kernels share: where a program stands, rows of a tile of tokens, matrix products, the sigmoid."""
 
 # Kernels are Triton's language: not all of it has Python's types.
 # pyright: reportOperatorIssue=false
@@ -34,3 +34,9 @@ def dot(a, b, sums, PRECISION: tl.constexpr):
     if PRECISION == "interpreted":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="ieee")
     return tl.dot(a, b, sums, input_precision=PRECISION)
+
+
+@triton.jit
+def sigmoid(x):
+    """Compute 1 / (1 + exp(-x)) of float32 numbers; by powers of two, whose unit flushes what is too small anyway."""
+    return 1.0 / (1.0 + tl.exp2(-1.4426950408889634 * x))
