@@ -1,6 +1,6 @@
 """What ``gpu_verification.py`` does to tell whether single kernels are right."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -80,7 +80,7 @@ def correctness() -> Iterator[Case]:
         for place, tokens in enumerate([3] if SMOKE else [257, 63, 1]):
             yield mlstm_case(type_name, 4 if SMOKE else 96, tokens, reverse=not place % 2, states=True)
             yield scan_case(type_name, 4 if SMOKE else 16, tokens, reverse=not place % 2, states=True)
-    for name, (op, make, _) in ops().items():
+    for name, (op, make) in ops().items():
         if not SMOKE:  # no CPU's memory is for this
             yield f"{name} of more than 2^31 elements", lambda op=op, make=make: huge(op, make)
 
@@ -136,34 +136,54 @@ def stateless_cases(type_name: str) -> Iterator[Case]:
         yield stateless_case(name, function, lambda dtype, make=make, size=size: make(2, *size, dtype), type_name)
 
 
-def ops() -> dict[str, tuple[Callable, Callable[[int, int], dict[str, Tensor]], tuple[int, int]]]:
-    """Each op with what makes its inputs from a batch size and a length, and a small batch and length."""
-    width, small = (8, (1, 5)) if SMOKE else (96, (2, 785))
+def ops() -> dict[str, tuple[Callable, Callable[[int, int], dict[str, Tensor]]]]:
+    """Each op with what makes its inputs from a batch size and a length."""
+    dim = 8 if SMOKE else 96
+    width = 4 * dim
     return {
-        "mlstm": (mlstm, lambda batch, tokens: mlstm_inputs(batch, tokens, 4, width, HALF), small),
+        "mlstm": (mlstm, lambda batch, tokens: mlstm_inputs(batch, tokens, 4, dim, HALF)),
         "scan": (
             partial(selective_scan, delta_softplus=True),
-            lambda batch, tokens: scan_inputs(batch, tokens, 4 * width, 16, HALF),
-            small,
+            lambda batch, tokens: scan_inputs(batch, tokens, width, 16, HALF),
+        ),
+        "convolution": (
+            partial(depthwise_conv2d, activation="silu"),
+            lambda batch, tokens: convolution_inputs(batch, tokens, 1, width, HALF),
+        ),
+        "projections": (project, lambda batch, tokens: projection_inputs(batch, tokens, width, HALF)),
+        "gated norm": (
+            partial(gated_head_norm, eps=1e-5),
+            lambda batch, tokens: gated_norm_inputs(batch, tokens, width, HALF),
         ),
     }
+
+
+def outputs(answer: Any) -> tuple[Tensor, ...]:
+    """List what an op answers."""
+    return answer if isinstance(answer, tuple) else (answer,)
+
+
+def joined(tensors: Iterable[Tensor]) -> Tensor:
+    """Put all numbers into one tensor."""
+    return torch.cat([x.flatten().float() for x in tensors])
 
 
 def huge(op: Callable, make: Callable[[int, int], dict[str, Tensor]]) -> Iterator[Row]:
     """Compute 90 x 65536 x 384 elements: the last sequence as if it were the only one."""
     one = make(1, 65536)
-    many = {key: x.expand(90, *x.shape[1:]) if x.ndim > 2 else x for key, x in one.items()}
+    many = {key: x.expand(90, *x.shape[1:]) if x.ndim > 2 and len(x) == 1 else x for key, x in one.items()}
     first = next(iter(many))
     many[first] = many[first].contiguous()
     with use_backend("triton"):
-        yield {"elements": many[first].numel(), "right": torch.equal(op(**many)[-1], op(**one)[0])}
+        pairs = zip(outputs(op(**many)), outputs(op(**one)), strict=True)
+        yield {"elements": many[first].numel(), "right": all(torch.equal(a[-1], b[0]) for a, b in pairs)}
 
 
 def graphs() -> Iterator[Case]:
     """Capture kernels and whole models, and replay them."""
-    for name, (op, make, small) in ops().items():
-        inputs = make(*small)
-        yield f"{name}, forward", lambda op=op, x=inputs: captured(lambda: op(**x))
+    for name, (op, make) in ops().items():
+        inputs = make(1, 5) if SMOKE else make(2, 785)
+        yield f"{name}, forward", lambda op=op, x=inputs: captured(lambda: joined(outputs(op(**x))))
         yield f"{name}, forward and backward", lambda op=op, x=inputs: captured(lambda: gradients_of(op, x))
     for name in ("vil2_mini_patch4_32", "vim_mini_patch4_32"):
         yield f"{name}, inference", lambda name=name: captured(model_step(name))
@@ -172,8 +192,8 @@ def graphs() -> Iterator[Case]:
 def gradients_of(op: Callable, inputs: dict[str, Tensor]) -> Tensor:
     """Return all gradients of an op in one tensor."""
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
-    y = op(**leaves)
-    return torch.cat([x.flatten().float() for x in torch.autograd.grad(y, list(leaves.values()), y.detach())])
+    y = outputs(op(**leaves))
+    return joined(torch.autograd.grad(y, list(leaves.values()), [x.detach() for x in y]))
 
 
 def model_step(name: str) -> Callable[[], Tensor]:

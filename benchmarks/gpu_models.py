@@ -36,7 +36,7 @@ def models() -> Iterator[Case]:
 def compiled() -> Iterator[Case]:
     """Do so once more for tiny models, they and their DeiT compiled."""
     for size in [32] if SMOKE else [224, 1248]:
-        for mode in ["inference"] if SMOKE else ["inference", "training"]:
+        for mode in ["inference", "training"]:
             for name in ["vil2_mini_patch4_32"] if SMOKE else NAMES[:2]:
                 case = f"{name}, {size} px, {mode}, compiled"
                 yield case, lambda n=name, s=size, m=mode: compare(n, s, m, ["fused"], compile=True)

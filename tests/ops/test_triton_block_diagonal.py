@@ -18,7 +18,7 @@ def inputs(*size, dtype=torch.float32, bias=True):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "size",
-    [(2, 1, 4, 1), (1, 13, 20, 3), (3, 70, 48, 4), (1, 1100, 12, 2), (1, 5, 64, 9), (0, 5, 8, 2), (2, 0, 8, 2)],
+    [(2, 1, 4, 1), (1, 13, 20, 3), (3, 70, 48, 4), (1, 1100, 12, 2), (1, 5, 64, 8), (0, 5, 8, 2), (2, 0, 8, 2)],
 )
 def test_definition(size, dtype):
     for bias in (True, False):
@@ -68,7 +68,9 @@ def test_compilers_see_no_break():
 
 
 def test_more_heads_than_a_tile_has_columns():
-    given = inputs(1, 2, 4, 65)
-    torch.testing.assert_close(project(*given), project(*(x.cpu() for x in given)), check_device=False)
-    with use_backend("triton"), pytest.raises(RuntimeError, match="65 heads, above 64"):
+    given = inputs(1, 2, 36, 9)
+    with use_backend("plain"):
+        expected = project(*given)
+    torch.testing.assert_close(project(*given), expected, rtol=1e-3, atol=1e-3)
+    with use_backend("triton"), pytest.raises(RuntimeError, match="9 heads, above 8"):
         project(*given)

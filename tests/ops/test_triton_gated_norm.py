@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from linvision.ops import use_backend
+from linvision.ops import gated_head_norm, use_backend
 from tests.ops import kernels
 from tests.ops.test_gated_norm import EPS, gated, random_inputs
 from tests.ops.triton_kernels import DEVICE, runs_kernels
@@ -31,6 +31,24 @@ def test_float16():
 def test_a_large_mean_does_not_swallow_the_variance():
     h, *others = inputs(2, 5, 3, 8)
     kernels.assert_matches_float64(gated, [h + 1000, *others], "triton", bound=1e-3)
+
+
+def test_tokens_that_fill_no_tile_reach_nothing():
+    h, c, z, *parameters = (x.requires_grad_() for x in inputs(1, 5, 2, 4))
+    with use_backend("triton"):
+        y = gated_head_norm(h, c, z, weight=parameters[0], bias=parameters[1], skip=parameters[2], eps=0.0)
+        y.sum().backward()
+    assert all(p.grad.isfinite().all() for p in parameters)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has no memory with holes")
+def test_heads_beyond_32_bits(tmp_path):
+    h, *others = inputs(1, 2, 4, 4)
+    room = torch.from_file(str(tmp_path / "room"), shared=True, size=3 * 2**30 + 8)
+    far = room.as_strided(h.shape, (0, 4, 2**30, 1)).copy_(h)
+    with use_backend("triton"):
+        results = [kernels.results(gated, [x, *others]) for x in (h, far)]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 def test_without_a_gate():

@@ -1,4 +1,7 @@
-"""ViL's q, k, v and gates in Triton: the body of ``linvision.ops.mlstm_inputs`` on a GPU, where sums are float32."""
+"""ViL's q, k, v and gates in Triton: the body of ``linvision.ops.mlstm_inputs`` on a GPU, where sums are float32.
+
+Channels are multiplied ``CHANNELS`` at a time, by zeros off the 4 x 4 blocks: what is not finite spreads among these.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +19,7 @@ from linvision.ops.backends.triton.device import (
 )
 
 DEVICE = "cuda"
-MAX_HEADS = 64
+MAX_HEADS = 8  # columns of both gates, in a product of 16 columns
 FORWARD_TOKENS, BACKWARD_TOKENS = 64, 32  # of a tile; backward there are more numbers to hold
 CHANNELS = 32  # of a tile; more are more zeros to multiply by
 BACKWARD_TILES = 16  # of a program, at most
@@ -92,13 +95,17 @@ def backward(
         like=c,
         **_options(c, width, num_heads),
     )
-    sums = parts.sum(0)
-    dweights = (of[:4].mT.reshape(p.shape).to(p.dtype, copy=True) for of, p in zip(sums, weights, strict=True))
-    dbiases = (of[4].to(p.dtype, copy=True) for of, p in zip(sums, biases, strict=True) if p is not None)
-    of_gates = sums[:, 5:].transpose(0, 1).reshape(2, num_heads, 3 * width)
-    dgate_weights = (of.to(p.dtype, copy=True) for of, p in zip(of_gates, gate_weights, strict=True))
-    dgate_biases = (d.sum((0, 1)).to(p.dtype) for d, p in zip((di, df), gate_biases, strict=True))
-    return [dc, dx, *dweights, *dbiases, *dgate_weights, *dgate_biases]
+    of_weights, of_biases, of_gates = parts.sum(0).split((4, 1, 2 * num_heads), 1)
+    computed = (
+        *(of.mT.reshape(-1, 4, 4) for of in of_weights),
+        *(of[0] for of in of_biases),
+        *of_gates.transpose(0, 1).reshape(2, num_heads, 3 * width),
+        *(d.sum((0, 1)) for d in (di, df)),
+    )
+    parameters = (*weights, *biases, *gate_weights, *gate_biases)
+    pairs = [(d, p) for d, p in zip(computed, parameters, strict=True) if p is not None]
+    # Copies, as no result of an operator may share memory with another.
+    return [dc, dx, *(d.to(p.dtype, copy=True, memory_format=torch.contiguous_format) for d, p in pairs)]
 
 
 def _options(c: Tensor, width: int, num_heads: int) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def forward_kernel(
 
 @triton.jit
 def _store_sums(
-    sums, of_matrix, of_bias, gates_by_x, gate_sum, weight, bias, channel, column,
+    sums, of_matrix, of_bias, gates_by_tokens, gate_sum, weight, bias, channel, column,
     WIDTH: tl.constexpr, NUM_HEADS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store the gradients of a projection (4, E), of its bias (E) and of what the gates take of it (2 H, E).
@@ -106,7 +106,7 @@ def _store_sums(
     tl.store(sums + into % 4 * WIDTH + out, of_matrix, (into // 4 == out // 4) & (out < WIDTH))
     tl.store(sums + 4 * WIDTH + channel, tl.sum(of_bias, 0), channel < WIDTH)
     of_gates = tl.sum(gate_sum, 0)[:, None] * _load_bias(bias, channel, WIDTH)[None, :]
-    of_gates = dot(gates_by_x, _matrix(weight, channel, WIDTH).to(tl.float32), of_gates, PRECISION)
+    of_gates = dot(gates_by_tokens, _matrix(weight, channel, WIDTH).to(tl.float32), of_gates, PRECISION)
     store_rows(sums + 5 * WIDTH, of_gates, column, WIDTH, column < 2 * NUM_HEADS, channel, WIDTH)
 
 

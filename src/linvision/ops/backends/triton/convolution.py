@@ -79,7 +79,8 @@ def backward(
     )
     dx = forward(d_sum, weight, None, causal=causal, silu=False, reverse=not reverse)
     gradients = parts.sum(0)
-    dweight = gradients[:taps].mT.reshape(weight.shape).to(weight.dtype)
+    dweight = gradients[:taps].mT.reshape(weight.shape)
+    dweight = dweight.to(weight.dtype, copy=True, memory_format=torch.contiguous_format)
     return dx, dweight, gradients[taps].to(torch.float32 if bias is None else bias.dtype, copy=True)
 
 

@@ -11,11 +11,11 @@ from linvision.ops.backends.triton.tiles import place, rows, sigmoid, store_rows
 
 
 @triton.jit
-def _normalise(h, column, eps, HEAD_DIM: tl.constexpr):
+def _normalise(h, valid, column, eps, HEAD_DIM: tl.constexpr):
     """Return the tokens of a head with mean 0 and variance 1, and the inverses of their deviations."""
     mean = tl.sum(h, 1) / HEAD_DIM
     centred = tl.where((column < HEAD_DIM)[None, :], h - mean[:, None], 0.0)
-    inverse = tl.rsqrt(tl.sum(centred * centred, 1) / HEAD_DIM + eps)
+    inverse = tl.where(valid, tl.rsqrt(tl.sum(centred * centred, 1) / HEAD_DIM + eps), 0.0)
     return centred * inverse[:, None], inverse
 
 
@@ -33,13 +33,14 @@ def forward_kernel(
 ):  # fmt: skip
     """Compute y (B, S, H D)."""
     _, first, head, batch = place(num_tokens, num_heads, TOKENS)
+    head = head.to(tl.int64)
     token = (first + tl.arange(0, TOKENS)).to(tl.int64)
     valid = token < num_tokens
     column = tl.arange(0, COLUMNS)
     start = head * HEAD_DIM
     of_h = rows(h + batch * h_batch + head * h_head, token, h_token, valid, column, HEAD_DIM).to(tl.float32)
     of_c = rows(c + batch * c_batch + start, token, c_token, valid, column, HEAD_DIM).to(tl.float32)
-    normalised, _ = _normalise(of_h, column, eps, HEAD_DIM)
+    normalised, _ = _normalise(of_h, valid, column, eps, HEAD_DIM)
     sums = normalised * (1.0 + _load_vector(weight + start, column, HEAD_DIM))
     if bias is not None:
         sums += _load_vector(bias + start, column, HEAD_DIM)
@@ -62,6 +63,7 @@ def backward_kernel(
     These are those of weight, bias and skip.
     """
     piece, first, head, batch = place(num_tokens, num_heads, TILES * TOKENS)
+    head = head.to(tl.int64)
     column = tl.arange(0, COLUMNS)
     start = head * HEAD_DIM
     scale = 1.0 + _load_vector(weight + start, column, HEAD_DIM)
@@ -78,7 +80,7 @@ def backward_kernel(
         of_c = rows(c + batch * c_batch + start, token, c_token, valid, column, HEAD_DIM).to(tl.float32)
         of_z = rows(z + batch * z_batch + start, token, z_token, valid, column, HEAD_DIM).to(tl.float32)
         of_y = rows(dy + batch * dy_batch + start, token, dy_token, valid, column, HEAD_DIM).to(tl.float32)
-        normalised, inverse = _normalise(of_h, column, eps, HEAD_DIM)
+        normalised, inverse = _normalise(of_h, valid, column, eps, HEAD_DIM)
         ungated = normalised * scale + shift + of_skip * of_c
         opened = sigmoid(of_z)
         d_gate = of_y * ungated * opened * (1.0 + of_z * (1.0 - opened))
@@ -95,7 +97,7 @@ def backward_kernel(
         store_rows(dh + start, of_heads, at, num_heads * HEAD_DIM, valid, column, HEAD_DIM)
         store_rows(dc + start, d_sums * of_skip, at, num_heads * HEAD_DIM, valid, column, HEAD_DIM)
         store_rows(dz + start, d_gate, at, num_heads * HEAD_DIM, valid, column, HEAD_DIM)
-    parts += (piece.to(tl.int64) * num_heads + head) * (3 * HEAD_DIM) + column
+    parts += (piece * num_heads + head) * (3 * HEAD_DIM) + column
     tl.store(parts, tl.sum(d_weight, 0), column < HEAD_DIM)
     tl.store(parts + HEAD_DIM, tl.sum(d_bias, 0), column < HEAD_DIM)
     tl.store(parts + 2 * HEAD_DIM, tl.sum(d_skip, 0), column < HEAD_DIM)
