@@ -134,7 +134,12 @@ def _infers(*tensors: Tensor | None) -> bool:
 def autocasts(*tensors: Tensor | None) -> bool:
     """Say whether autocast chooses types where these tensors are."""
     devices = {x.device.type for x in tensors if x is not None}
-    return any(torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) for device in devices)
+    return any(_knows_autocast(device) and torch.is_autocast_enabled(device) for device in devices)
+
+
+@torch.compiler.assume_constant_result  # torch 2.11 cannot trace the question
+def _knows_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
 
 
 @contextmanager

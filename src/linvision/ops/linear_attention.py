@@ -11,6 +11,8 @@ The matrix sum_s k'_s v_s^T is (D, D) whatever the number of tokens S is, so tim
 import torch
 from torch import Tensor
 
+from linvision.ops._dispatch import autocasts
+
 MIN_DENOMINATOR = 100.0
 
 
@@ -32,9 +34,8 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Te
         ValueError: where shapes, types or devices disagree, or a sequence is empty.
     """
     _check(q, k, v, temperature)
-    device = q.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
+    if autocasts(q):
+        with torch.autocast(q.device.type, enabled=False):
             return _linear_attention(q, k, v, temperature)
     return _linear_attention(q, k, v, temperature)
 

@@ -16,16 +16,21 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def unusable(x: Tensor) -> str | None:
     """Say why no Triton kernel can compute tensors of this device and type, or return None if one can."""
+    return _unusable(x.device, x.dtype)
+
+
+@torch.compiler.assume_constant_result  # looking for a module or asking a driver would break compiled graphs
+def _unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed"
-    if x.dtype not in DTYPES:
-        return f"{str(x.dtype).removeprefix('torch.')} is computed in plain PyTorch"
+    if dtype not in DTYPES:
+        return f"{str(dtype).removeprefix('torch.')} is computed in plain PyTorch"
     if interpreted():
         return None
-    if x.device.type != "cuda":
-        return f"the tensors are on {x.device}, not on a GPU"
-    if torch.version.hip is None and _capability(x.device) < OLDEST_CAPABILITY:
-        major, minor = _capability(x.device)
+    if device.type != "cuda":
+        return f"the tensors are on {device}, not on a GPU"
+    if torch.version.hip is None and _capability(device) < OLDEST_CAPABILITY:
+        major, minor = _capability(device)
         return f"an old GPU, of compute capability {major}.{minor}; 8.0 is needed"
     return None
 
