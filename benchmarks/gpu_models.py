@@ -1,12 +1,12 @@
 """What ``gpu_verification.py`` does with whole models: how fast they are, compiled or not, and what they learn."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from statistics import mean
 from typing import Any
 
 import torch
-from gpu_kernels import DEVICE, SMOKE, Case, Row
+from gpu_kernels import DEVICE, SMOKE, Case, Row, capture
 from mixed_precision import distance, follows, train
 
 from linvision.bench.command import measure_setting
@@ -18,6 +18,7 @@ from linvision.bench.probe import Probe, gpu_probe
 
 NAMES = ["vil2_tiny_patch16_224", "vim_tiny_patch16_224", "vil2_small_patch16_224", "vim_small_patch16_224"]
 SIZES = [224, 1248, 768, 2048, 512]  # pixels, what matters most first
+GRAPHED = [32, 224]  # where models, launched kernel by kernel, wait for the host
 STEPS = 1 if SMOKE else 300
 PRECISIONS = ["float32", "float16"] if SMOKE else ["float32", "bfloat16", "float16"]
 
@@ -31,6 +32,9 @@ def models() -> Iterator[Case]:
                 explicit = size in (32, 224) or (size == 1248 and mode == "inference")
                 peers = ["fused", "explicit"] if explicit else ["fused"]
                 yield f"{name}, {size} px, {mode}", lambda n=name, s=size, m=mode, p=peers: compare(n, s, m, p)
+                if size in GRAPHED:
+                    case = f"{name}, {size} px, {mode}, as a CUDA graph"
+                    yield case, lambda n=name, s=size, m=mode: compare(n, s, m, ["fused"], graphed=True)
 
 
 def compiled() -> Iterator[Case]:
@@ -42,7 +46,9 @@ def compiled() -> Iterator[Case]:
                 yield case, lambda n=name, s=size, m=mode: compare(n, s, m, ["fused"], compile=True)
 
 
-def compare(name: str, size: int, mode: str, peers: list[str], *, compile: bool = False) -> Iterator[Row]:
+def compare(
+    name: str, size: int, mode: str, peers: list[str], *, compile: bool = False, graphed: bool = False
+) -> Iterator[Row]:
     """Time a model and its DeiTs in turns, in bfloat16: weights in inference, by autocast in training."""
     torch.compiler.reset()
     lineup = model_lineup([name], peers)
@@ -61,7 +67,10 @@ def compare(name: str, size: int, mode: str, peers: list[str], *, compile: bool 
         setting,
         probe=(lambda contender, setting: Probe("ok")) if SMOKE else gpu_probe,
         take_times=lambda steps: alternate(
-            steps, rounds=3 if SMOKE else 7, seconds=0 if SMOKE else 2, synchronize=lambda: synchronize(DEVICE)
+            replays(steps) if graphed else steps,
+            rounds=3 if SMOKE else 7,
+            seconds=0 if SMOKE else 2,
+            synchronize=lambda: synchronize(DEVICE),
         ),
         flops={contender.label: count_flops(contender, setting) for contender in lineup.contenders},
     )
@@ -75,6 +84,11 @@ def compare(name: str, size: int, mode: str, peers: list[str], *, compile: bool 
             row |= {f"time / {kind}": ratio.time.median} if ratio.time is not None else {}
             row |= {f"memory / {kind}": ratio.memory} if ratio.memory is not None else {}
         yield row
+
+
+def replays(steps: dict[str, Callable[[], None]]) -> dict[str, Callable[[], None]]:
+    """Capture steps into CUDA graphs, which take no time of the host; a CPU has none."""
+    return steps if SMOKE else {label: capture(step)[0].replay for label, step in steps.items()}
 
 
 def training() -> Iterator[Case]:

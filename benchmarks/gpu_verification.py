@@ -14,7 +14,7 @@ of the time; OUT/gpu.json and OUT/gpu.md are written after every row:
   exponentials / rate, all rates measured on the card; and against fused attention and those peers that can be imported
   (mlstm_kernels, flash-linear-attention).
 - models: ViL and Vim against timm's DeiT of their width with flash attention and with attention matrices, 224 ... 2048
-  pixels, inference and training step, time and memory.
+  pixels, inference and training step, time and memory; at 224 also as CUDA graphs, without the host's time.
 - compiled: tiny models and their DeiT through torch.compile with CUDA graphs, then our kernels beside what it makes of
   plain PyTorch, for as long as time is left.
 - sanitizer, on request: a few small launches, for NVIDIA's compute-sanitizer to watch:

@@ -87,7 +87,8 @@ class ModelContender:
 
         if setting.mode == "inference":
             return torch.inference_mode()(lambda: _discard(forward()))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+        # Capturable: a step may become a CUDA graph.
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, capturable=setting.device == "cuda")
         targets = torch.zeros(setting.batch_size, dtype=torch.long, device=image.device)
 
         def train() -> None:
