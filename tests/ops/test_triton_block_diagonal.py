@@ -59,14 +59,6 @@ def test_torch_accepts_the_operator(bias):
         torch.library.opcheck(torch.ops.linvision.mlstm_inputs, tuple(given))
 
 
-def test_compilers_see_no_break():
-    given = inputs(1, 5, 12, 2)
-    torch._dynamo.reset()
-    with use_backend("triton"):
-        compiled = torch.compile(project, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(kernels.results(compiled, given), kernels.results(project, given))
-
-
 def test_more_heads_than_a_tile_has_columns():
     given = inputs(1, 2, 36, 9)
     with use_backend("plain"):
