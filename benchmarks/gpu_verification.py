@@ -44,7 +44,7 @@ SECONDS = {
     "correctness": 130,
     "graphs": 30,
     "training": 80,
-    "kernels": 80,
+    "kernels": 100,
     "models": 200,
     "compiled": 600,
     "sanitizer": 600,
