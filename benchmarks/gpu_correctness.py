@@ -17,6 +17,7 @@ from gpu_kernels import (
     gated_norm_inputs,
     mlstm_inputs,
     noise,
+    outputs,
     project,
     projection_inputs,
     scan_inputs,
@@ -156,11 +157,6 @@ def ops() -> dict[str, tuple[Callable, Callable[[int, int], dict[str, Tensor]]]]
             lambda batch, tokens: gated_norm_inputs(batch, tokens, width, HALF),
         ),
     }
-
-
-def outputs(answer: Any) -> tuple[Tensor, ...]:
-    """List what an op answers."""
-    return answer if isinstance(answer, tuple) else (answer,)
 
 
 def joined(tensors: Iterable[Tensor]) -> Tensor:

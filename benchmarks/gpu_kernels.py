@@ -85,6 +85,11 @@ def gated_norm_inputs(batch: int, tokens: int, width: int, dtype: torch.dtype) -
     return inputs | {name: noise(width, seed=seed) for seed, name in enumerate(("weight", "bias", "skip"), start=3)}
 
 
+def outputs(answer: Any) -> tuple[Tensor, ...]:
+    """List what an op answers."""
+    return answer if isinstance(answer, tuple) else (answer,)
+
+
 def capture(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     """Capture a step into a CUDA graph; return it, and what the step returned, which replays write anew."""
     side = torch.cuda.Stream()
@@ -314,8 +319,7 @@ def run_both(function: Callable, inputs: dict[str, Any]) -> Callable[[], None]:
 
     def step() -> None:
         with use_backend("triton"):
-            y = function(**inputs | leaves)
-            outputs = y if isinstance(y, tuple) else (y,)
-            torch.autograd.grad(outputs, list(leaves.values()), [x.detach() for x in outputs], allow_unused=True)
+            y = outputs(function(**inputs | leaves))
+            torch.autograd.grad(y, list(leaves.values()), [x.detach() for x in y], allow_unused=True)
 
     return step

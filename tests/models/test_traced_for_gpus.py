@@ -42,7 +42,8 @@ def put_on_gpu(model: nn.Module) -> None:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", OPS)
 def test_models_are_one_graph_with_the_kernels_of_a_gpu(name, training, precision):
-    model = create_model(name, **({"num_classes": 3} if name == "l2vit_tiny" else SIZES)).train(training)
+    side, sizes = (224, {"num_classes": 3}) if name == "l2vit_tiny" else (32, SIZES)
+    model = create_model(name, **sizes).train(training)
     found: list[str] = []
 
     def note(graph, inputs):
@@ -52,9 +53,7 @@ def test_models_are_one_graph_with_the_kernels_of_a_gpu(name, training, precisio
 
     with FakeTensorMode():
         put_on_gpu(model)
-        images = torch.empty(
-            2, 3, 224 if name == "l2vit_tiny" else 32, 224 if name == "l2vit_tiny" else 32, device="cuda"
-        )
+        images = torch.empty(2, 3, side, side, device="cuda")
         with (
             torch.set_grad_enabled(training),
             torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16"),

@@ -45,7 +45,6 @@ def test_the_kernels_of_the_tiny_models_fit_into_a_gpu(target, tmp_path):
     assert max(row["registers"] for row in rows) <= 255
     scan = {row["kernel"]: row for row in rows if row["case"].startswith("scan")}
     assert {row["shared"] for row in scan.values()} == {0}  # threads have channels of their own, and exchange no more
-    assert (
-        scan["forward_kernel"]["loop"] < 750
-    )  # four tokens; more where strides vary or states are spread over threads
+    # Four tokens; more where strides vary or states are spread over threads.
+    assert scan["forward_kernel"]["loop"] < 750
     assert {row["stack"] for row in rows if row["case"].startswith(("scan", "convolution", "gated norm"))} == {0}

@@ -12,9 +12,10 @@ from torch import Tensor
 from linvision.ops.backends.strides import contiguous, leading_strides, with_unit_stride
 from linvision.ops.backends.triton.device import (
     launch,
-    operand_dtype,
+    operand_type,
     power_of_two,
     product_precision,
+    tiles_and_pieces,
     unusable,
 )
 
@@ -22,7 +23,6 @@ DEVICE = "cuda"
 MAX_HEADS = 8  # columns of both gates, in a product of 16 columns
 FORWARD_TOKENS, BACKWARD_TOKENS = 64, 32  # of a tile; backward there are more numbers to hold
 CHANNELS = 32  # of a tile; more are more zeros to multiply by
-BACKWARD_TILES = 16  # of a program, at most
 
 Parameters = Sequence[Tensor]
 Optionals = Sequence[Tensor | None]
@@ -72,15 +72,12 @@ def backward(
     gate_biases: Parameters,
 ) -> list[Tensor]:
     """Compute from those of q, k, v, i, f the gradients of all inputs, in order, the biases that are None left out."""
-    import triton.language as tl
-
     from linvision.ops.backends.triton.block_diagonal_kernels import backward_kernel
 
     c, x, dq, dk, dv = (with_unit_stride(tokens) for tokens in (c, x, *gradients[:3]))
     di, df = (d.contiguous() for d in gradients[3:])
     (batch, num_tokens, width), num_heads = c.shape, len(gate_biases[0])
-    tiles = min(BACKWARD_TILES, power_of_two(-(-num_tokens // BACKWARD_TOKENS)))
-    pieces = batch * -(-num_tokens // (tiles * BACKWARD_TOKENS))
+    tiles, pieces = tiles_and_pieces(batch, num_tokens, BACKWARD_TOKENS)
     dc, dx = (torch.empty(c.shape, dtype=c.dtype, device=c.device) for _ in range(2))
     parts = c.new_empty(pieces, 3, 5 + 2 * num_heads, width, dtype=torch.float32)
     launch(
@@ -91,7 +88,7 @@ def backward(
         *(num_tokens, *leading_strides(dq, dk, dv, c, x)),
         TOKENS=BACKWARD_TOKENS,
         TILES=tiles,
-        OPERAND=tl.bfloat16 if operand_dtype(c.dtype) == torch.bfloat16 else tl.float32,
+        OPERAND=operand_type(c.dtype),
         like=c,
         **_options(c, width, num_heads),
     )

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from linvision.ops.backends.strides import contiguous, with_unit_stride
-from linvision.ops.backends.triton.device import launch, power_of_two, unusable
+from linvision.ops.backends.triton.device import launch, power_of_two, tiles_and_pieces, unusable
 
 DEVICE = "cuda"
 MAX_TAPS = 49
 CHANNELS = 64
 FORWARD_TOKENS, BACKWARD_TOKENS = 32, 16  # of a tile; backward there is a sum to keep for each tap
-BACKWARD_TILES = 16  # of a program, at most
 
 
 def refuses(*tensors: Tensor | None) -> str | None:
@@ -60,8 +59,7 @@ def backward(
 
     dy, x = with_unit_stride(dy), with_unit_stride(x)
     (batch, rows, columns, channels), taps = x.shape, weight[0].numel()
-    tiles = min(BACKWARD_TILES, power_of_two(-(-rows * columns // BACKWARD_TOKENS)))
-    groups = batch * -(-rows * columns // (tiles * BACKWARD_TOKENS))
+    tiles, groups = tiles_and_pieces(batch, rows * columns, BACKWARD_TOKENS)
     parts = x.new_empty(groups, taps + 1, channels, dtype=torch.float32)
     d_sum = torch.empty(x.shape, dtype=x.dtype, device=x.device) if silu else dy
     launch(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 OLDEST_CAPABILITY = (8, 0)
 COMPILING = {"enable_fp_fusion": True}  # multiply and add in one: Triton's default until 3.9, then no more
+MOST_TILES = 16  # of a program that adds over tokens
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -68,6 +69,13 @@ def product_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float16 or torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
+def operand_type(dtype: torch.dtype) -> Any:
+    """Return ``operand_dtype`` as kernels know it."""
+    import triton.language as tl
+
+    return tl.bfloat16 if operand_dtype(dtype) == torch.bfloat16 else tl.float32
+
+
 def registers(most: int) -> dict[str, int]:
     """Limit the registers of a thread, as an option of a kernel: more programs share a multiprocessor of NVIDIA's."""
     return {} if interpreted() or torch.version.hip is not None else {"maxnreg": most}
@@ -84,3 +92,9 @@ def launch(kernel: Any, num_programs: int, *arguments: Any, like: Tensor, **opti
 def power_of_two(number: int, *, least: int = 1) -> int:
     """Return the smallest power of two that is neither below the number nor below ``least``."""
     return max(least, 1 << (number - 1).bit_length())
+
+
+def tiles_and_pieces(batch: int, num_tokens: int, tokens: int) -> tuple[int, int]:
+    """Share sequences out to programs that add over tokens: tiles of a program, and pieces of all sequences."""
+    tiles = min(MOST_TILES, power_of_two(-(-num_tokens // tokens)))
+    return tiles, batch * -(-num_tokens // (tiles * tokens))

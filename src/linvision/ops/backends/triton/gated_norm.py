@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from linvision.ops.backends.strides import contiguous, leading_strides, with_unit_stride
-from linvision.ops.backends.triton.device import launch, power_of_two, unusable
+from linvision.ops.backends.triton.device import launch, power_of_two, tiles_and_pieces, unusable
 
 DEVICE = "cuda"
 MAX_HEAD_DIM = 1024
 FORWARD_SIZE, BACKWARD_SIZE = 2048, 1024  # numbers of a tile; backward there are more of them to hold
-BACKWARD_TILES = 16  # of a program, at most
 
 
 def refuses(*tensors: Tensor | None) -> str | None:
@@ -57,8 +56,7 @@ def backward(
     dy, h, c, z = (with_unit_stride(x) for x in (dy, h, c, z))
     batch, num_tokens, num_heads, head_dim = h.shape
     tile = _tile(h, BACKWARD_SIZE)
-    tiles = min(BACKWARD_TILES, power_of_two(-(-num_tokens // tile["TOKENS"])))
-    pieces = batch * -(-num_tokens // (tiles * tile["TOKENS"]))
+    tiles, pieces = tiles_and_pieces(batch, num_tokens, tile["TOKENS"])
     dh, dc, dz = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (h, c, z))
     parts = h.new_empty(pieces, num_heads, 3, head_dim, dtype=torch.float32)
     launch(

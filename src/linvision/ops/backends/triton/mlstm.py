@@ -19,6 +19,7 @@ from linvision.ops.backends.strides import leading_strides, with_unit_stride
 from linvision.ops.backends.triton.device import (
     launch,
     operand_dtype,
+    operand_type,
     power_of_two,
     product_precision,
     registers,
@@ -166,13 +167,10 @@ class _Plan:
 
     def products(self) -> dict[str, Any]:
         """The options of kernels that multiply matrices."""
-        import triton.language as tl
-
-        operand = tl.bfloat16 if operand_dtype(self.like.dtype) == torch.bfloat16 else tl.float32
         return {
             "CHUNK": self.chunk,
             "TOKENS": self.tokens,
-            "OPERAND": operand,
+            "OPERAND": operand_type(self.like.dtype),
             "PRECISION": product_precision(self.like.dtype),
             "REVERSE": self.reverse,
             "num_warps": 4,
