@@ -2,10 +2,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help train test check lint format clean
+.PHONY: help train test test-all check lint format clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 KERNELS := $(wildcard src/linvision/ops/backends/cpp/CMakeLists.txt src/linvision/ops/backends/cpp/kernels/*)
 
@@ -18,7 +18,10 @@ $(VENV)/.installed: pyproject.toml $(KERNELS)
 train: $(VENV)/.installed ## watch a ViL learn real handwriting (scikit-learn's digits; about 2 minutes on 2 cores)
 	$(BIN)/linvision train --data digits
 
-test: $(VENV)/.installed ## run the tests
+test: $(VENV)/.installed ## run the tests (4 minutes at most on 2 cores)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.installed ## run all tests, the long ones too
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.installed ## formatting, lint rules and types
@@ -26,7 +29,7 @@ lint: $(VENV)/.installed ## formatting, lint rules and types
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-check: lint test ## everything that must pass before a change lands
+check: lint test-all ## everything that must pass before a change lands
 
 format: $(VENV)/.installed ## rewrite the code in the house style
 	$(BIN)/ruff format .

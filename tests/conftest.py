@@ -1,18 +1,38 @@
-"""Triton kernels run on a GPU where there is one, else in Triton's interpreter: to be set before Triton is imported."""
+"""What all tests share: one thread, Triton's interpreter where there is no GPU, a word on what is left out."""
 
 import os
+from collections import Counter
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # to be set before Triton is imported
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
+torch.set_num_threads(1)  # the models here are too small for more; tests about threads ask for theirs
 
 
-@pytest.fixture(scope="module")
-def one_thread():
-    """Keep to one thread: the models here are too small for more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Leave the number of threads as it was, whatever a test does."""
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
+
+
+_left_out: Counter[str] = Counter()
+
+
+def pytest_deselected(items):
+    """Count the tests that a marker or a name leaves out, by file."""
+    _left_out.update(item.nodeid.partition("::")[0] for item in items)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say which tests did not run and why."""
+    skipped = Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", []))
+    lines = [f"{count} skipped: {reason.removeprefix('Skipped: ')}" for reason, count in skipped.most_common()]
+    lines += [f"{count} left to make test-all: {file}" for file, count in sorted(_left_out.items())]
+    if lines:
+        terminalreporter.section("not run", "-")
+        for line in lines:
+            terminalreporter.write_line(line)

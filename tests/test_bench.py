@@ -23,10 +23,9 @@ from linvision.bench.options import make_plan
 from linvision.bench.probe import CPUProbes, Probe, available_memory, interpret_end
 from linvision.bench.report import Ratio, Report, Row, as_csv, as_json, crossovers, growth
 from linvision.bench.tables import grids
-from linvision.errors import RunError, UsageError
-from linvision.ops import BackendError, mlstm_parallel, projected_mlstm
+from linvision.errors import BackendError, RunError, UsageError
+from linvision.ops import mlstm_parallel, projected_mlstm
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 MINI = "vil2_mini_patch4_32"
 OUT_OF_MEMORY = RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 

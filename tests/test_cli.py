@@ -21,8 +21,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 import linvision
 from linvision import create_model
 from linvision.cli import COMMANDS, build_parser, main
+from linvision.files import write_weights
 from linvision.tasks import listing
-from linvision.tasks.files import write_weights
 from tests.data.samples import truncate, write_folder
 from tests.goldens import FOLDER as GOLDENS
 from tests.tasks.runs import TINY

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import docstring_parser
 import jsonargparse
 
-from linvision.errors import RunError, UsageError
+from linvision.errors import BackendError, RunError, UsageError, exit_code, nearest
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output is gone; a second failure when Python flushes at exit would be noise.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, RunError, MemoryError, argparse.ArgumentError, _out_of_memory()) as error:
+    except (
+        ValueError,
+        OSError,
+        RunError,
+        BackendError,
+        MemoryError,
+        argparse.ArgumentError,
+        _out_of_memory(),
+    ) as error:
         if os.environ.get("LINVISION_TRACEBACK"):
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         sys.stderr.write(f"linvision: error: {message}\n")
-        return _exit_code(error)
+        return exit_code(error)
 
 
 def build_parser(name: str, command: Command) -> jsonargparse.ArgumentParser:
@@ -220,16 +228,8 @@ def _overview() -> str:
 
 
 def _nearest(name: str, known: Sequence[str] | dict[str, Any]) -> str:
-    from linvision.models import nearest
-
     near = nearest(name, known, 2)
     return f": did you mean {' or '.join(near)}?" if near else ""
-
-
-def _exit_code(error: BaseException) -> int:
-    from linvision.models import CheckpointError
-
-    return 2 if isinstance(error, ValueError) and not isinstance(error, CheckpointError) else 1
 
 
 def _out_of_memory() -> type[BaseException]:

@@ -1,9 +1,72 @@
-"""The two kinds of failure that a command answers with one line instead of a traceback."""
+"""Every error class of the package, each with the exit code of a command that ends by it; and words for near misses.
+
+A user's mistake, which another request would mend, ends with 2; a sound request that failed on the way with 1.
+"""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UsageError(ValueError):
-    """A request that cannot be met as it was put, so that the caller must change it (exit code 2)."""
+    """A request that cannot be met as it was put, so that the caller must change it."""
+
+    exit_code = 2
+
+
+class UnknownNameError(ValueError):
+    """A model, data set or other thing that does not exist was named."""
+
+    exit_code = 2
+
+
+class UnknownOptionError(TypeError, ValueError):
+    """An option that does not exist was given."""
+
+    exit_code = 2
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run; the message says why."""
+
+    exit_code = 2
 
 
 class RunError(RuntimeError):
-    """A sound request that failed on the way, by a file, the network or the numbers (exit code 1)."""
+    """A sound request that failed on the way, by a file, the network or the numbers."""
+
+    exit_code = 1
+
+
+class UnreadableImageError(RunError):
+    """A file that is missing, truncated or no image."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, or does not fit the model."""
+
+    exit_code = 1
+
+
+class DownloadError(OSError):
+    """Published weights that could not be fetched."""
+
+    exit_code = 1
+
+
+def exit_code(error: BaseException) -> int:
+    """Return the exit code of a command that ends by this error."""
+    return getattr(error, "exit_code", 2 if isinstance(error, ValueError) else 1)
+
+
+def nearest(name: str, names: Iterable[str], n: int = 3) -> list[str]:
+    """Return up to ``n`` of ``names`` that resemble ``name``, most similar first."""
+    by_lower = {known.lower(): known for known in names}
+    return [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=n, cutoff=0.5)]
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return "; did you mean a, b or c?", or nothing where no name comes near."""
+    near = nearest(name, names)
+    if not near:
+        return ""
+    return f"; did you mean {', '.join(near[:-1])}{' or ' if near[1:] else ''}{near[-1]}?"

@@ -6,7 +6,8 @@ import timm
 import torch
 from PIL import Image
 
-from linvision.data import Preprocess, UnreadableImageError, find_images, open_image
+from linvision.data import Preprocess, find_images, open_image
+from linvision.errors import UnreadableImageError
 from tests.data.samples import truncate, write_image
 
 

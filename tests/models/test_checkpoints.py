@@ -11,7 +11,8 @@ import safetensors.torch
 import torch
 
 import linvision
-from linvision.models import CheckpointError, DownloadError, load_checkpoint, load_state_dict
+from linvision.errors import CheckpointError, DownloadError
+from linvision.models import load_checkpoint, load_state_dict
 from linvision.models._checkpoints import fetch
 
 MINI = "vil2_mini_patch4_32"

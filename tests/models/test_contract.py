@@ -5,7 +5,8 @@ import timm
 import torch
 from timm.models import get_pretrained_cfg, split_model_name_tag
 
-from linvision.models import UnknownOptionError, list_models, load_checkpoint
+from linvision.errors import UnknownOptionError
+from linvision.models import list_models, load_checkpoint
 
 ARCHITECTURES = sorted({split_model_name_tag(name)[0] for name in list_models()})
 # One of each family and generation is gone through at full depth; the others with a few layers of their full width.

@@ -4,7 +4,8 @@ import pytest
 import timm
 
 import linvision
-from linvision.models import UnknownNameError, UnknownOptionError, describe, list_models, nearest, resolve_name
+from linvision.errors import UnknownNameError, UnknownOptionError, nearest
+from linvision.models import describe, list_models, resolve_name
 from linvision.models._factory import FAMILIES
 
 

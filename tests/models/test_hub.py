@@ -8,7 +8,8 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 import linvision
-from linvision.models import DownloadError, save_pretrained
+from linvision.errors import DownloadError
+from linvision.models import save_pretrained
 from linvision.models._hub import fetch_from_hub
 
 

@@ -7,7 +7,7 @@ import timm
 import torch
 
 import linvision
-from linvision.models import CheckpointError
+from linvision.errors import CheckpointError
 from linvision.models.l2vit import L2ViT
 from linvision.models.l2vit_variants import checkpoint_filter_fn, to_release
 from tests import goldens

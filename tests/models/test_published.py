@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import linvision
-from linvision.models import DownloadError, resolve_name, save_pretrained, to_release
+from linvision.errors import DownloadError
+from linvision.models import resolve_name, save_pretrained, to_release
 
 REPOSITORY = Path(__file__).parents[2]
 VIM_TINY = "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"

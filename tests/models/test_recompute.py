@@ -13,7 +13,6 @@ from linvision.models.vil import VisionLSTM, VisionLSTM2
 from linvision.models.vim import VisionMamba
 from linvision.ops.mlstm import BODIES
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 DIM = 64  # from which the products of a layer are kept
 SIDE, TOKENS = 32, 64
 OPTIONS = {"img_size": SIDE, "patch_size": 4, "num_classes": 3}

@@ -7,7 +7,8 @@ import timm
 import torch
 
 import linvision
-from linvision.models import CheckpointError, VisionLSTM, VisionLSTM2, load_checkpoint
+from linvision.errors import CheckpointError
+from linvision.models import VisionLSTM, VisionLSTM2, load_checkpoint
 from linvision.models.vil_variants import checkpoint_filter_fn, to_release, vision_lstm, vision_lstm2
 from tests import goldens
 

@@ -8,7 +8,8 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from linvision.models._checkpoints import CheckpointError, load_into, load_state_dict
+from linvision.errors import CheckpointError
+from linvision.models._checkpoints import load_into, load_state_dict
 from linvision.models._vim_layers import MambaMixer, RotaryEmbedding
 from linvision.models.vim import VisionMamba, class_rows, insert_rows, remove_rows, resize_positions
 from linvision.models.vim_variants import (

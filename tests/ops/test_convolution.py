@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from linvision.ops import BackendError, causal_conv1d, depthwise_conv2d, use_backend
+from linvision.errors import BackendError
+from linvision.ops import causal_conv1d, depthwise_conv2d, use_backend
 from tests.ops import kernels
 
 

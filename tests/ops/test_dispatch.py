@@ -5,7 +5,8 @@ import logging
 import pytest
 import torch
 
-from linvision.ops import BackendError, mlstm, use_backend
+from linvision.errors import BackendError
+from linvision.ops import mlstm, use_backend
 from linvision.ops.backends.cpp import library
 from linvision.ops.convolution import BODIES as CONVOLUTIONS
 from linvision.ops.mlstm import BODIES

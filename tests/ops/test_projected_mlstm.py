@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from linvision.ops import BackendError, BlockDiagonal, Gate, projected_mlstm, use_backend
+from linvision.errors import BackendError
+from linvision.ops import BlockDiagonal, Gate, projected_mlstm, use_backend
 from tests.goldens import relative_error
 from tests.ops import kernels
 

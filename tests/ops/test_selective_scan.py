@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from linvision.errors import BackendError
 from linvision.ops import _selective_scan_tiled as tiled
 from linvision.ops import selective_scan, selective_scan_sequential
-from linvision.ops._dispatch import BackendError, use_backend
+from linvision.ops._dispatch import use_backend
 from linvision.ops.backends.cpp import library
 from linvision.ops.selective_scan import BODIES
 from tests import goldens

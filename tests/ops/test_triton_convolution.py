@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from linvision.ops import BackendError, depthwise_conv2d, use_backend
+from linvision.errors import BackendError
+from linvision.ops import depthwise_conv2d, use_backend
 from tests.ops import kernels
 from tests.ops.test_convolution import causal_conv, grid_conv, grid_inputs, sequence_inputs
 from tests.ops.triton_kernels import DEVICE, runs_kernels

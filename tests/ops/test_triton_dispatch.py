@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from linvision.ops import BackendError, mlstm, selective_scan, use_backend
+from linvision.errors import BackendError
+from linvision.ops import mlstm, selective_scan, use_backend
 from linvision.ops.backends.triton import device
 from linvision.ops.mlstm import BODIES as MLSTM_BODIES
 from linvision.ops.selective_scan import BODIES as SCAN_BODIES

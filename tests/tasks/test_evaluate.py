@@ -12,8 +12,8 @@ from linvision import create_model
 from linvision.cli import main
 from linvision.data import Preprocess, open_test_data
 from linvision.errors import UsageError
+from linvision.files import write_weights
 from linvision.tasks.evaluate import match_labels, measure
-from linvision.tasks.files import write_weights
 from linvision.tasks.loading import Opened
 from tests.data.samples import truncate, write_folder, write_image
 

@@ -10,10 +10,11 @@ import torch
 import yaml
 from PIL import Image
 
+from linvision import files
 from linvision.cli import main
 from linvision.data import DATASETS
 from linvision.data.arrays import digits
-from linvision.tasks import callbacks, files
+from linvision.tasks import callbacks
 from linvision.tasks.classify import Classifier
 from linvision.tasks.options import TrainOptions
 from linvision.tasks.pictures import choose_examples

@@ -19,10 +19,10 @@ from linvision.bench.picture import draw
 from linvision.bench.probe import CPUProbes, Probe, available_memory, gpu_probe
 from linvision.bench.report import Ratio, Report, Row, as_csv, as_json
 from linvision.bench.tables import grids
+from linvision.console import notes, output, write_json
 from linvision.errors import UsageError
-from linvision.tasks.console import notes, output, write_json
-from linvision.tasks.files import write_json as write_json_file
-from linvision.tasks.files import write_text
+from linvision.files import write_json as write_json_file
+from linvision.files import write_text
 
 FILES = ("bench.json", "bench.csv", "bench.png")
 SHARE_OF_FREE_MEMORY = 0.8

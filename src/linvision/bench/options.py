@@ -11,8 +11,7 @@ import torch
 from linvision.bench.contenders import Lineup, Setting
 from linvision.bench.models import model_lineup
 from linvision.bench.ops import op_lineup
-from linvision.errors import UsageError
-from linvision.models import nearest
+from linvision.errors import UsageError, nearest
 from linvision.tasks.options import Checkpointing
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from linvision.bench.report import Group, Report, Row, crossovers
-from linvision.tasks.files import replacing
+from linvision.files import replacing
 
 MARKERS = "osD^vPX*"
 

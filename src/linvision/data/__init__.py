@@ -5,7 +5,7 @@ from linvision.data.augment import Augment, augment
 from linvision.data.batches import Batches
 from linvision.data.catalog import DATASETS, open_data, open_test_data
 from linvision.data.folders import FolderAugment, FolderData
-from linvision.data.images import Preprocess, UnreadableImageError, find_images, open_image
+from linvision.data.images import Preprocess, find_images, open_image
 
 __all__ = [
     "DATASETS",
@@ -15,7 +15,6 @@ __all__ = [
     "FolderAugment",
     "FolderData",
     "Preprocess",
-    "UnreadableImageError",
     "augment",
     "find_images",
     "open_data",

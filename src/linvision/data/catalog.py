@@ -6,8 +6,7 @@ from pathlib import Path
 
 from linvision.data.arrays import ArrayData, cifar10, cifar100, digits, fashion_mnist, mnist
 from linvision.data.folders import FolderData, open_folder, open_test_folder
-from linvision.errors import UsageError
-from linvision.models import nearest
+from linvision.errors import UsageError, nearest
 
 DATASETS: dict[str, Callable[[Path], ArrayData]] = {
     "digits": digits,

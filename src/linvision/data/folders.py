@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from linvision.data.batches import Batches, epoch_seed
-from linvision.data.images import Preprocess, UnreadableImageError, find_images, open_image
-from linvision.errors import RunError, UsageError
+from linvision.data.images import Preprocess, find_images, open_image
+from linvision.errors import RunError, UnreadableImageError, UsageError
 
 Labelled = tuple[tuple[Path, int], ...]
 

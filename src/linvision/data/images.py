@@ -20,7 +20,7 @@ from timm.data import create_transform, resolve_model_data_config
 from timm.data.transforms import str_to_interp_mode
 from torch import Tensor, nn
 
-from linvision.errors import RunError
+from linvision.errors import UnreadableImageError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 
@@ -35,10 +35,6 @@ _DECODING_FAILURES = (
     zlib.error,
     Image.DecompressionBombError,
 )
-
-
-class UnreadableImageError(RunError):
-    """A file that is missing, truncated or no image."""
 
 
 def find_images(folder: Path) -> Iterator[Path]:

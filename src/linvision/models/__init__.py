@@ -1,6 +1,6 @@
 """The backbones, registered with timm, and creation by name."""
 
-from linvision.models._checkpoints import CheckpointError, DownloadError, load_state_dict
+from linvision.models._checkpoints import load_state_dict
 from linvision.models._factory import (
     ModelDescription,
     create_model,
@@ -11,15 +11,10 @@ from linvision.models._factory import (
     to_release,
 )
 from linvision.models._hub import push_to_hub, save_pretrained
-from linvision.models._names import UnknownNameError, UnknownOptionError, nearest
 from linvision.models.vil import VisionLSTM, VisionLSTM2
 
 __all__ = [
-    "CheckpointError",
-    "DownloadError",
     "ModelDescription",
-    "UnknownNameError",
-    "UnknownOptionError",
     "VisionLSTM",
     "VisionLSTM2",
     "create_model",
@@ -27,7 +22,6 @@ __all__ = [
     "list_models",
     "load_checkpoint",
     "load_state_dict",
-    "nearest",
     "push_to_hub",
     "resolve_name",
     "save_pretrained",

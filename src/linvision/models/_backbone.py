@@ -19,7 +19,7 @@ from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from linvision.models._names import UnknownOptionError, did_you_mean
+from linvision.errors import UnknownOptionError, did_you_mean
 from linvision.models._recompute import run_recomputed
 
 # Overrides that timm's builder takes for itself; all others go to the model's constructor.

@@ -21,18 +21,12 @@ from safetensors import SafetensorError
 from timm.models import adapt_input_conv, clean_state_dict
 from torch import Tensor, nn
 
+from linvision.errors import CheckpointError, DownloadError
+
 StateDict = dict[str, Tensor]
 
 WEIGHT_KEYS = ("state_dict", "model")
 EMA_KEYS = ("state_dict_ema", "model_ema")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or does not fit the model."""
-
-
-class DownloadError(OSError):
-    """Published weights that could not be fetched."""
 
 
 def load_state_dict(path: str | Path, *, ema: bool = False) -> StateDict:

@@ -13,11 +13,11 @@ from timm.models import PretrainedCfg, get_pretrained_cfg, is_model, model_entry
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from linvision.errors import DownloadError, UnknownNameError, did_you_mean
 from linvision.models import deit3, l2vit_variants, vil_variants, vim_variants
 from linvision.models._backbone import Published
-from linvision.models._checkpoints import DownloadError, StateDict, fetch, load_into, load_state_dict
+from linvision.models._checkpoints import StateDict, fetch, load_into, load_state_dict
 from linvision.models._hub import fetch_from_hub
-from linvision.models._names import UnknownNameError, did_you_mean
 
 SOURCES = ("hf-hub:", "local-dir:")  # of models that carry their own weights and description
 FAMILIES: dict[str, ModuleType] = {

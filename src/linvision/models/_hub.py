@@ -8,7 +8,7 @@ from timm.models import push_to_hf_hub
 from timm.models._hub import save_for_hf
 from torch import nn
 
-from linvision.models._checkpoints import DownloadError
+from linvision.errors import DownloadError
 
 WEIGHT_FILES = ["*.safetensors", "*.pth", "*.pt", "*.bin"]
 

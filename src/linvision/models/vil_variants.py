@@ -11,8 +11,9 @@ from typing import Any
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from linvision.errors import CheckpointError
 from linvision.models._backbone import Published, build, classifier_cfg, resize_grid
-from linvision.models._checkpoints import CheckpointError, StateDict, rename, unwrap
+from linvision.models._checkpoints import StateDict, rename, unwrap
 from linvision.models.vil import VisionLSTM, VisionLSTM2
 
 DOWNLOADS = "https://ml.jku.at/research/vision_lstm/download/"

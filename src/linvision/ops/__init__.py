@@ -1,6 +1,6 @@
 """Sequence mixers as pure functions of tensors, linear in the sequence length, and the token-wise work around them."""
 
-from linvision.ops._dispatch import BackendError, use_backend
+from linvision.ops._dispatch import use_backend
 from linvision.ops.block_diagonal import BlockDiagonal, Gate, MLSTMInputs, block_diagonal, mlstm_inputs
 from linvision.ops.convolution import causal_conv1d, depthwise_conv2d
 from linvision.ops.gated_norm import gated_head_norm
@@ -9,7 +9,6 @@ from linvision.ops.projected_mlstm import projected_mlstm
 from linvision.ops.selective_scan import selective_scan, selective_scan_sequential
 
 __all__ = [
-    "BackendError",
     "BlockDiagonal",
     "Gate",
     "MLSTMInputs",

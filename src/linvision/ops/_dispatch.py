@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from linvision.errors import BackendError
+
 BACKENDS = ("auto", "triton", "cpp", "plain")
 
 _logger = logging.getLogger("linvision")
 _chosen = "auto"  # a module global, not a ContextVar: torch.compile cannot trace those
-
-
-class BackendError(RuntimeError):
-    """A backend was asked for by name and cannot run; the message says why."""
 
 
 class Body(Protocol):

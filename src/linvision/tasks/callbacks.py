@@ -14,11 +14,11 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from linvision.console import duration, notes
 from linvision.data.batches import Batches, epoch_seed
 from linvision.errors import RunError
+from linvision.files import replacing, write_text, write_weights
 from linvision.tasks.classify import Classifier
-from linvision.tasks.console import duration, notes
-from linvision.tasks.files import replacing, write_text, write_weights
 from linvision.tasks.run_folder import RunFolder
 
 COLUMNS: tuple[str, ...] = (

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from linvision.console import output
 from linvision.errors import UsageError
+from linvision.files import replacing, write_weights
 from linvision.models import load_state_dict, to_release
 from linvision.models._checkpoints import rename
 from linvision.models.vil_variants import RELEASE_KEYS_1, RELEASE_KEYS_2
 from linvision.models.vil_variants import _paired as paired
-from linvision.tasks.console import output
-from linvision.tasks.files import replacing, write_weights
 
 TORCH_SUFFIXES = (".th", ".pth", ".pt")
 

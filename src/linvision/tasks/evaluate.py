@@ -9,11 +9,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from linvision.console import notes, output, with_bar, write_json
 from linvision.data import Batches, open_test_data
+from linvision.devices import AUTOCAST, Device, Precision, choose_device
 from linvision.errors import UsageError
-from linvision.tasks.console import notes, output, with_bar, write_json
-from linvision.tasks.loading import AUTOCAST, Opened, choose_device, open_model
-from linvision.tasks.options import Device, Precision
+from linvision.tasks.loading import Opened, open_model
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 import timm
 from rich.table import Table
 
+from linvision.console import output, with_bar, write_json
 from linvision.models import ModelDescription, describe, list_models, resolve_name
-from linvision.tasks.console import output, with_bar, write_json
 
 
 @dataclass(frozen=True)

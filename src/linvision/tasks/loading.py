@@ -12,25 +12,8 @@ from torch import nn
 from linvision.data import Preprocess
 from linvision.errors import UsageError
 from linvision.models import create_model, list_models, load_checkpoint, resolve_name
-from linvision.tasks.options import Checkpointing, Device, Precision
+from linvision.tasks.options import Checkpointing
 from linvision.tasks.run_folder import RunFolder
-
-AUTOCAST = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}
-
-
-def choose_device(device: Device, precision: Precision = "32") -> torch.device:
-    """Return the device to run on.
-
-    Raises:
-        UsageError: there is no GPU but one is asked for, or precision 16 is asked for without one.
-    """
-    gpu = torch.cuda.is_available()
-    if device == "cuda" and not gpu:
-        raise UsageError("--device cuda: torch sees no GPU here; use --device cpu")
-    chosen = torch.device("cuda" if gpu and device != "cpu" else "cpu")
-    if precision == "16" and chosen.type == "cpu":
-        raise UsageError("--precision 16 needs a GPU: use 32 or bf16 on the CPU")
-    return chosen
 
 
 def size_overrides(name: str, img_size: int | None) -> dict[str, Any]:

@@ -3,10 +3,9 @@
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+from linvision.devices import Device, Precision
 from linvision.errors import UsageError
 
-Device = Literal["auto", "cpu", "cuda"]
-Precision = Literal["32", "bf16", "16"]
 Checkpointing = Literal["none", "selective", "full"]
 
 

@@ -7,7 +7,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from linvision.tasks.files import replacing
+from linvision.files import replacing
 
 RIGHT, WRONG = "#1b7837", "#c51b29"
 

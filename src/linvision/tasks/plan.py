@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from linvision.data import ArrayData, Batches, FolderData, Preprocess, open_data
-from linvision.models import CheckpointError, create_model, resolve_name
-from linvision.tasks.loading import check_size, choose_device, set_checkpointing, size_overrides
+from linvision.devices import choose_device
+from linvision.errors import CheckpointError
+from linvision.models import create_model, resolve_name
+from linvision.tasks.loading import check_size, set_checkpointing, size_overrides
 from linvision.tasks.options import Recipe, TrainOptions
 
 

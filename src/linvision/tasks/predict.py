@@ -8,11 +8,11 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from linvision.data import UnreadableImageError, find_images, open_image
-from linvision.errors import UsageError
-from linvision.tasks.console import notes, output, with_bar, write_json
-from linvision.tasks.loading import Opened, choose_device, open_model
-from linvision.tasks.options import Device
+from linvision.console import notes, output, with_bar, write_json
+from linvision.data import find_images, open_image
+from linvision.devices import Device, choose_device
+from linvision.errors import UnreadableImageError, UsageError
+from linvision.tasks.loading import Opened, open_model
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from torch import nn
 
 import linvision
 from linvision.data import Batches
+from linvision.files import write_json
 from linvision.tasks.callbacks import Recorder
 from linvision.tasks.classify import Classifier
 from linvision.tasks.evaluate import Measured, measure
-from linvision.tasks.files import write_json
 from linvision.tasks.loading import count_parameters
 from linvision.tasks.pictures import choose_examples, draw_confusion, draw_curves, draw_predictions
 from linvision.tasks.plan import Plan

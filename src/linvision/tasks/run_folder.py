@@ -22,7 +22,7 @@ import yaml
 
 from linvision.data import Preprocess
 from linvision.errors import RunError, UsageError
-from linvision.tasks.files import write_json, write_text
+from linvision.files import write_json, write_text
 from linvision.tasks.options import TrainOptions
 
 FILES = (

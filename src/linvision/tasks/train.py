@@ -13,6 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import TensorBoardLogger
 
+from linvision.console import duration, notes, output
 from linvision.errors import UsageError
 from linvision.tasks.callbacks import (
     AtomicCheckpointIO,
@@ -23,7 +24,6 @@ from linvision.tasks.callbacks import (
     read_metrics,
 )
 from linvision.tasks.classify import Classifier
-from linvision.tasks.console import duration, notes, output
 from linvision.tasks.evaluate import Measured
 from linvision.tasks.loading import count_parameters
 from linvision.tasks.options import TrainOptions

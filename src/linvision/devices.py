@@ -1,0 +1,27 @@
+"""Where commands compute, and in which precision."""
+
+from typing import Literal
+
+import torch
+
+from linvision.errors import UsageError
+
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["32", "bf16", "16"]
+
+AUTOCAST = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}
+
+
+def choose_device(device: Device, precision: Precision = "32") -> torch.device:
+    """Return the device to run on.
+
+    Raises:
+        UsageError: there is no GPU but one is asked for, or precision 16 is asked for without one.
+    """
+    gpu = torch.cuda.is_available()
+    if device == "cuda" and not gpu:
+        raise UsageError("--device cuda: torch sees no GPU here; use --device cpu")
+    chosen = torch.device("cuda" if gpu and device != "cpu" else "cpu")
+    if precision == "16" and chosen.type == "cpu":
+        raise UsageError("--precision 16 needs a GPU: use 32 or bf16 on the CPU")
+    return chosen
