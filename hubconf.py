@@ -18,25 +18,29 @@ dependencies = ["torch", "torchvision", "timm", "safetensors", "huggingface_hub"
 
 sys.path.insert(0, str(Path(__file__).parent / "src"))
 
-from linvision.models import create_model, deit3, l2vit_variants, vil_variants, vim_variants  # noqa: E402
-from linvision.models._checkpoints import load_into  # noqa: E402
-from linvision.models.vil import VisionLSTM as _VisionLSTM  # noqa: E402
-from linvision.models.vil import VisionLSTM2 as _VisionLSTM2  # noqa: E402
+from linvision.models import VisionLSTM as _VisionLSTM  # noqa: E402
+from linvision.models import VisionLSTM2 as _VisionLSTM2  # noqa: E402
+from linvision.models import create_model  # noqa: E402
+from linvision.models.checkpoints import load_weights  # noqa: E402
+from linvision.models.deit3 import variants as deit3  # noqa: E402
+from linvision.models.l2vit import variants as l2vit  # noqa: E402
+from linvision.models.vil import variants as vil  # noqa: E402
+from linvision.models.vim import variants as vim  # noqa: E402
 
 
 def VisionLSTM2(**arguments: Any) -> nn.Module:  # noqa: N802
     """Build a second-generation ViL from the published constructor arguments."""
-    return vil_variants.vision_lstm2(**arguments)
+    return vil.vision_lstm2(**arguments)
 
 
 def VisionLSTM(**arguments: Any) -> nn.Module:  # noqa: N802
     """Build a first-generation ViL from the published constructor arguments."""
-    return vil_variants.vision_lstm(**arguments)
+    return vil.vision_lstm(**arguments)
 
 
 def VisionMamba(**arguments: Any) -> nn.Module:  # noqa: N802
     """Build a Vim from the published constructor arguments."""
-    return vim_variants.from_published_arguments(**arguments)
+    return vim.from_published_arguments(**arguments)
 
 
 def _vil(alias: str) -> Callable[..., nn.Module]:
@@ -44,10 +48,10 @@ def _vil(alias: str) -> Callable[..., nn.Module]:
 
     def entry(pretrained: bool = True, **arguments: Any) -> nn.Module:
         if arguments:
-            arguments = vil_variants.from_published_arguments(model_class, arguments)
+            arguments = vil.from_published_arguments(model_class, arguments)
         return create_model(alias, pretrained=pretrained, **arguments)
 
-    entry.__doc__ = f"Build {vil_variants.ALIASES[alias]}; takes the published constructor arguments."
+    entry.__doc__ = f"Build {vil.ALIASES[alias]}; takes the published constructor arguments."
     return entry
 
 
@@ -63,17 +67,17 @@ def _named(alias: str, name: str, *, pretrained: bool) -> Callable[..., nn.Modul
 
 def _vim(alias: str) -> Callable[..., nn.Module]:
     def entry(pretrained: bool = False, **arguments: Any) -> nn.Module:
-        model = vim_variants.from_published_arguments(**{**vim_variants.FUNCTION_ARGUMENTS[alias], **arguments})
+        model = vim.from_published_arguments(**{**vim.FUNCTION_ARGUMENTS[alias], **arguments})
         if pretrained:
-            weights = vim_variants.checkpoint_filter_fn(create_model(alias, pretrained=True).state_dict(), model)
-            load_into(model, weights, alias, drop_head=model.num_classes != 1000)
+            weights = create_model(alias, pretrained=True).state_dict()
+            load_weights(model, weights, alias, release=vim.RELEASE, drop_head=model.num_classes != 1000)
         return model
 
-    entry.__doc__ = f"Build {vim_variants.ALIASES[alias]}; takes the published constructor arguments."
+    entry.__doc__ = f"Build {vim.ALIASES[alias]}; takes the published constructor arguments."
     return entry
 
 
-globals().update({alias: _vil(alias) for alias in vil_variants.ALIASES})
-globals().update({alias: _vim(alias) for alias in vim_variants.ALIASES})
+globals().update({alias: _vil(alias) for alias in vil.ALIASES})
+globals().update({alias: _vim(alias) for alias in vim.ALIASES})
 globals().update({alias: _named(alias, name, pretrained=True) for alias, name in deit3.ALIASES.items()})
-globals().update({alias: _named(alias, name, pretrained=False) for alias, name in l2vit_variants.ALIASES.items()})
+globals().update({alias: _named(alias, name, pretrained=False) for alias, name in l2vit.ALIASES.items()})

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import linvision
-from linvision.models._factory import FAMILIES
+from linvision.models.registry import FAMILIES
 from tests import goldens
 
 REPOSITORY = str(Path(__file__).parents[1])
@@ -38,7 +38,7 @@ def test_every_published_name_is_listed():
     spec.loader.exec_module(hubconf)
     listed = {name for name, entry in vars(hubconf).items() if callable(entry) and entry.__doc__}
     assert {"VisionLSTM", "VisionLSTM2", "VisionMamba", *PUBLISHED} <= listed
-    assert set(PUBLISHED) == {alias for family in FAMILIES.values() for alias in family.ALIASES}
+    assert set(PUBLISHED) == {alias for family in FAMILIES for alias in family.aliases}
 
 
 @pytest.mark.parametrize("name", ["vil2_classifier", "vil1_stride", "vim_classifier"])

@@ -13,7 +13,7 @@ import torch
 import linvision
 from linvision.errors import CheckpointError, DownloadError
 from linvision.models import load_checkpoint, load_state_dict
-from linvision.models._checkpoints import fetch
+from linvision.models.checkpoints import fetch
 
 MINI = "vil2_mini_patch4_32"
 

@@ -1,112 +1,160 @@
-"""timm's model contract over every registered name: small images, full-size models."""
+"""timm's model contract: deeply at small sizes of every family, and over every listed name without memory.
+
+Nothing is guessed from a name: sizes come from a model's own description, so that a new family is tested by itself.
+"""
 
 import pytest
 import timm
 import torch
-from timm.models import get_pretrained_cfg, split_model_name_tag
+from timm.models import get_pretrained_cfg
+from torch import nn
 
+import linvision
 from linvision.errors import UnknownOptionError
-from linvision.models import list_models, load_checkpoint
+from linvision.models import load_checkpoint
+from tests.models.sizes import LISTED, TEST_SIZES
 
-ARCHITECTURES = sorted({split_model_name_tag(name)[0] for name in list_models()})
-# One of each family and generation is gone through at full depth; the others with a few layers of their full width.
-REPRESENTATIVES = [
-    name
-    for name in ARCHITECTURES
-    if "mini" in name or (("tiny" in name) and "stride8" not in name and "plus" not in name)
-]
-
-
-def create(name: str, **options) -> torch.nn.Module:
-    if name not in REPRESENTATIVES:
-        options |= {"depths": (2, 2, 2, 2)} if name.startswith("l2vit") else {"depth": 2}
-    return timm.create_model(name, **options)
-
-
-def small_size(name: str) -> tuple[int, int]:
-    return (8, 12) if "patch4" in name else (32, 48)
+# The call that timm's, DeiT's and Vim's training scripts make for every model.
+SCRIPT = {
+    "pretrained": False,
+    "in_chans": 3,
+    "num_classes": 10,
+    "drop_rate": 0.0,
+    "drop_path_rate": None,
+    "drop_block_rate": None,
+    "global_pool": None,
+    "bn_momentum": None,
+    "bn_eps": None,
+    "scriptable": False,
+    "checkpoint_path": "",
+}
 
 
-def small_images(name: str, batch: int = 2) -> torch.Tensor:
-    return torch.randn(batch, 3, *small_size(name), generator=torch.Generator().manual_seed(0))
+def image_size(name: str) -> tuple[int, int]:
+    """Return a size that is not square: half of the model's own, and that itself."""
+    _, height, width = get_pretrained_cfg(name).input_size
+    return height // 2, width
 
 
-def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+def images(name: str, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 3, *image_size(name), generator=torch.Generator().manual_seed(0))
+
+
+def infos(model: nn.Module) -> list[dict]:
+    return model.feature_info if isinstance(model.feature_info, list) else model.feature_info.info
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {key: p for key, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_name_gives_logits_of_small_images(name):
-    model = timm.create_model(name, num_classes=7).eval()
-    with torch.inference_mode():
-        logits = model(small_images(name, batch=1))
-    assert logits.shape == (1, 7)
-    assert logits.isfinite().all()
-    assert get_pretrained_cfg(name).architecture == name
+@pytest.fixture(params=TEST_SIZES)
+def name(request) -> str:
+    torch.manual_seed(0)
+    return request.param
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_parameter_belongs_to_a_layer_group(name):
-    with torch.device("meta"):
-        model = timm.create_model(name)
+@pytest.mark.parametrize("listed", [*TEST_SIZES, *LISTED])
+def test_names_give_logits_maps_and_layer_groups(listed):
+    with torch.device("meta"), torch.inference_mode():
+        model = timm.create_model(listed, num_classes=7).eval()
+        batch = torch.empty(1, 3, *image_size(listed))
+        assert model(batch).shape == (1, 7)
+        check_maps(model, model.forward_intermediates(batch, intermediates_only=True), image_size(listed))
     groups = timm.models.group_parameters(model, model.group_matcher())
     assert sorted(key for group in groups.values() for key in group) == sorted(dict(model.named_parameters()))
     assert model.no_weight_decay() <= set(model.state_dict())
+    assert get_pretrained_cfg(listed).architecture == listed
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+def check_maps(model: nn.Module, maps: list[torch.Tensor], size: tuple[int, int]) -> None:
+    assert len(maps) == len(infos(model))
+    for feature_map, info in zip(maps, infos(model), strict=True):
+        step = info["reduction"]
+        assert feature_map.shape[1] == info["num_chs"]
+        for side, cells in zip(size, feature_map.shape[2:], strict=True):
+            # Overlapping patches begin every ``step`` pixels, but the last one ends with the image.
+            assert -(-side // step) - cells in ((0, 1) if "patch_embed" in dict(model.named_children()) else (0,))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("listed", LISTED)
+def test_full_size_models_compute(listed):
+    model = timm.create_model(listed, num_classes=7).eval()
+    with torch.inference_mode():
+        logits = model(images(listed, batch=1))
+    assert logits.shape == (1, 7)
+    assert logits.isfinite().all()
+
+
 def test_features_head_and_classifier(name):
-    torch.manual_seed(0)
-    model = create(name, num_classes=5).eval()
-    images = small_images(name)
+    model, batch = timm.create_model(name, num_classes=5).eval(), images(name)
     with torch.no_grad():
-        features = model.forward_features(images)
-        torch.testing.assert_close(model.forward_head(features), model(images))
+        features = model.forward_features(batch)
+        torch.testing.assert_close(model.forward_head(features), model(batch))
         pooled = model.forward_head(features, pre_logits=True)
         assert pooled.shape == (2, model.head_hidden_size)
-        torch.testing.assert_close(model.get_classifier()(pooled), model(images))
+        torch.testing.assert_close(model.get_classifier()(pooled), model(batch))
         model.reset_classifier(3)
-        assert model(images).shape == (2, 3)
+        assert model(batch).shape == (2, 3)
         model.reset_classifier(0)
-        torch.testing.assert_close(model(images), pooled)
-    headless = create(name, num_classes=0).eval()
-    assert headless(images).shape == (2, headless.head_hidden_size)
+        torch.testing.assert_close(model(batch), pooled)
+    headless = timm.create_model(name, num_classes=0).eval()
+    assert headless(batch).shape == (2, headless.head_hidden_size)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_feature_maps(name):
-    torch.manual_seed(0)
-    model = create(name).eval()
-    images, (height, width) = small_images(name), small_size(name)
+    model, batch = timm.create_model(name).eval(), images(name)
     with torch.no_grad():
-        final, maps = model.forward_intermediates(images)
-        infos = model.feature_info if isinstance(model.feature_info, list) else model.feature_info.info
-        assert len(maps) == len(infos)
-        for feature_map, info in zip(maps, infos, strict=True):
-            step = info["reduction"]
-            # Overlapping patches of 16 begin every 8 pixels, but the last one ends with the image.
-            grid = [side // 8 - 1 if "stride8" in name else -(-side // step) for side in (height, width)]
-            assert feature_map.shape == (2, info["num_chs"], *grid)
-        torch.testing.assert_close(final, model.forward_features(images))
-        last = model.forward_intermediates(images, indices=1, intermediates_only=True, stop_early=True)
+        final, maps = model.forward_intermediates(batch)
+        check_maps(model, maps, image_size(name))
+        torch.testing.assert_close(final, model.forward_features(batch))
+        last = model.forward_intermediates(batch, indices=1, intermediates_only=True, stop_early=True)
         torch.testing.assert_close(last, maps[-1:])
-        getter = create(name, features_only=True, out_indices=(0, -1)).eval()
-        chosen = getter(images)
+        getter = timm.create_model(name, features_only=True, out_indices=(0, -1)).eval()
+        chosen = getter(batch)
     assert [x.shape for x in chosen] == [maps[0].shape, maps[-1].shape]
     assert getter.feature_info.channels() == [maps[0].shape[1], maps[-1].shape[1]]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_feature_maps_by_hooks(name):
+    model = timm.create_model(name, features_only=True, feature_cls="hook", out_indices=(0, -1)).eval()
+    with torch.no_grad():
+        assert len(model(images(name))) == 2
+
+
+def test_feature_extractors_take_weights(name, tmp_path):
+    model, batch = timm.create_model(name).eval(), images(name)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    features = linvision.create_model(name, checkpoint_path=tmp_path / "weights.pth", features_only=True).eval()
+    known = model.state_dict()
+    own = {key.removeprefix("model."): x for key, x in features.state_dict().items()}
+    assert all(key.startswith("norm") for key in own.keys() - known.keys())  # those of dense tasks
+    assert all(torch.equal(x, known[key]) for key, x in own.items() if key in known)
+    with torch.no_grad():
+        expected = model.forward_intermediates(batch, indices=list(features.out_indices), intermediates_only=True)
+        if not getattr(features, "norm", False):
+            torch.testing.assert_close(features(batch), expected)
+
+
+def test_the_call_of_training_scripts(name):
+    model = timm.create_model(name, **SCRIPT)
+    assert model(images(name)).shape == (2, 10)
+    dropping = timm.create_model(name, drop_rate=0.9).train()
+    nn.init.normal_(dropping.get_classifier().weight)
+    assert not torch.equal(dropping(images(name)), dropping(images(name)))
+
+
 def test_gradients_reach_every_parameter_and_checkpointing_changes_none(name):
-    torch.manual_seed(0)
-    model = create(name, num_classes=3).train()
-    torch.nn.init.normal_(model.get_classifier().weight)
-    images, gradients = small_images(name), []
+    model = timm.create_model(name, num_classes=3).train()
+    nn.init.normal_(model.get_classifier().weight)
+    batch, gradients = images(name), []
     for checkpointing in (False, True):
         model.set_grad_checkpointing(checkpointing)
         model.zero_grad()
         torch.manual_seed(1)
-        model(images).square().sum().backward()
+        model(batch).square().sum().backward()
         missing = [key for key, p in trainable(model).items() if p.grad is None]
         assert missing == []
         gradients.append({key: p.grad.clone() for key, p in trainable(model).items()})
@@ -115,40 +163,42 @@ def test_gradients_reach_every_parameter_and_checkpointing_changes_none(name):
         assert (gradients[1][key] - gradient).norm() <= 1e-4 * max(gradient.norm(), 1e-3 * scale), key
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("size", [(16, 16), (64, 16), (48, 80)])
 def test_sizes(name, size):
-    model = create(name, num_classes=2).eval()
+    model = timm.create_model(name, num_classes=2).eval()
     with torch.inference_mode():
         assert model(torch.randn(1, 3, *size)).shape == (1, 2)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_state_dict_round_trip(name, tmp_path):
-    torch.manual_seed(0)
-    model = create(name, num_classes=4).eval()
+    model = timm.create_model(name, num_classes=4).eval()
     torch.save(model.state_dict(), tmp_path / "weights.pth")
-    again = create(name, num_classes=4).eval()
+    again = timm.create_model(name, num_classes=4).eval()
     load_checkpoint(again, tmp_path / "weights.pth")
-    images = small_images(name)
     with torch.inference_mode():
-        torch.testing.assert_close(again(images), model(images))
+        torch.testing.assert_close(again(images(name)), model(images(name)))
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_export(name):
-    torch.manual_seed(0)
-    model = create(name, num_classes=2).eval()
-    images = small_images(name)
+    model, batch = timm.create_model(name, num_classes=2).eval(), images(name)
     with torch.no_grad():
-        program = torch.export.export(model, (images,))
-        torch.testing.assert_close(program.module()(images), model(images), rtol=1e-4, atol=1e-4)
+        program = torch.export.export(model, (batch,))
+        torch.testing.assert_close(program.module()(batch), model(batch), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_default_types(name):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = timm.create_model(name)
+    finally:
+        torch.set_default_dtype(before)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
 def test_other_channel_counts_and_unknown_options(name):
-    model = create(name, in_chans=1, num_classes=2).eval()
+    model = timm.create_model(name, in_chans=1, num_classes=2).eval()
     with torch.inference_mode():
-        assert model(small_images(name)[:, :1]).shape == (2, 2)
+        assert model(images(name)[:, :1]).shape == (2, 2)
     with pytest.raises(UnknownOptionError, match="did you mean num_classes"):
-        create(name, num_clases=2)
+        timm.create_model(name, num_clases=2)

@@ -7,7 +7,10 @@ import torch
 
 import linvision
 from linvision.models import load_checkpoint
-from linvision.models.deit3 import DeiT3, checkpoint_filter_fn, sine_cosine_table, to_release
+from linvision.models.checkpoints import load_weights, unwrap
+from linvision.models.deit3.layers import sine_cosine_table
+from linvision.models.deit3.model import DeiT3
+from linvision.models.deit3.release import RELEASE
 from tests import goldens
 
 NAME = "deit3_classifier"
@@ -29,7 +32,7 @@ def model() -> DeiT3:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_golden(model, dtype):
     case = goldens.load_model_case(NAME, dtype)
-    model.to(dtype).load_state_dict(checkpoint_filter_fn(case.state_dict, model), strict=True)
+    load_weights(model.to(dtype), case.state_dict, "file", release=RELEASE)
     image = case.input.clone().requires_grad_()
     output = model(image)
     assert goldens.relative_error(output, case.output) <= goldens.OUTPUT_BOUND[dtype]
@@ -37,7 +40,7 @@ def test_golden(model, dtype):
     # The released names of the gradients, which hold no table: it is fixed.
     gradients = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
     gradients["pos_embed"] = torch.zeros_like(model.pos_embed)
-    ours = to_release(gradients)["state_dict"] | {"input": image.grad}
+    ours = RELEASE.released(gradients)["state_dict"] | {"input": image.grad}
     golden = case.gradients | {"input": case.input_grad}
     goldens.assert_gradients_match(ours, golden, goldens.GRADIENT_BOUND[dtype])
 
@@ -48,7 +51,7 @@ def test_release_file_and_back(model):
     load_checkpoint(model, goldens.FOLDER / f"{NAME}_release.th")
     assert goldens.relative_error(model(case.input), case.output) <= goldens.OUTPUT_BOUND[torch.float32]
     released = torch.load(goldens.FOLDER / f"{NAME}_release.th", weights_only=True)["state_dict"]
-    back = to_release(model.state_dict())["state_dict"]
+    back = RELEASE.released(model.state_dict())["state_dict"]
     assert back.keys() == released.keys()
     assert all(torch.equal(back[key], released[key]) for key in released)
 
@@ -72,7 +75,7 @@ def test_any_size_that_the_patch_divides(model, size):
 def test_a_table_of_another_grid_is_resized_on_loading(model):
     larger = DeiT3(64, 8, embed_dim=48, depth=2, num_heads=3, num_classes=10)
     released = torch.load(goldens.FOLDER / f"{NAME}_release.th", weights_only=True)
-    larger.load_state_dict(checkpoint_filter_fn(released, larger), strict=True)
+    load_weights(larger, unwrap(released, "file"), "file", release=RELEASE)
     assert larger.pos_embed.shape == (1, 64, 48)
 
 
@@ -83,10 +86,10 @@ def test_a_changed_input_size_keeps_the_table_fixed_and_convertible(model, size)
     model.set_input_size(size)
     assert not model.pos_embed.requires_grad
     torch.testing.assert_close(model(images), before)
-    released = to_release(model.state_dict())["state_dict"]
+    released = RELEASE.released(model.state_dict())["state_dict"]
     assert released["pos_embed.embed"].shape == (1, size[0] // 8, size[1] // 8, 48)
     again = DeiT3(size, 8, embed_dim=48, depth=2, num_heads=3, num_classes=10).eval()
-    again.load_state_dict(checkpoint_filter_fn(released, again), strict=True)
+    load_weights(again, released, "file", release=RELEASE)
     assert torch.equal(again(images), model(images))
 
 
@@ -98,7 +101,7 @@ def test_bad_input_is_named(model):
     with pytest.raises(ValueError, match="embed_dim=50"):
         DeiT3(32, 8, embed_dim=50)
     with pytest.raises(ValueError, match="neither a square grid"):
-        to_release({"pos_embed": torch.randn(1, 6, 8)})
+        RELEASE.released({"pos_embed": torch.randn(1, 6, 8)})
     with pytest.raises(ValueError, match="width 30 is not a multiple"):
         model.set_input_size((32, 30))
 

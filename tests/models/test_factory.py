@@ -6,15 +6,15 @@ import timm
 import linvision
 from linvision.errors import UnknownNameError, UnknownOptionError, nearest
 from linvision.models import describe, list_models, resolve_name
-from linvision.models._factory import FAMILIES
+from linvision.models.registry import FAMILIES
 
 
 def test_every_alias_leads_to_a_registered_name():
-    for family in FAMILIES.values():
-        for alias, name in family.ALIASES.items():
+    for family in FAMILIES:
+        for alias, name in family.aliases.items():
             assert resolve_name(alias) == name
             assert name in list_models()
-        assert set(family.PUBLISHED) <= set(list_models())
+        assert set(family.published) <= set(list_models())
 
 
 def test_lists_are_filtered_by_pattern():

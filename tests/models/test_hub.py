@@ -10,7 +10,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 import linvision
 from linvision.errors import DownloadError
 from linvision.models import save_pretrained
-from linvision.models._hub import fetch_from_hub
+from linvision.models.hub import fetch_from_hub
 
 
 def test_a_saved_model_is_created_again_by_its_folder(tmp_path):

@@ -8,8 +8,9 @@ import torch
 
 import linvision
 from linvision.errors import CheckpointError
-from linvision.models.l2vit import L2ViT
-from linvision.models.l2vit_variants import checkpoint_filter_fn, to_release
+from linvision.models.checkpoints import load_weights
+from linvision.models.l2vit.model import L2ViT
+from linvision.models.l2vit.release import RELEASE
 from tests import goldens
 
 SMALL = {"depths": (2, 2, 2, 1), "dims": (16, 32, 48, 64), "num_heads": (1, 2, 3, 4), "num_classes": 5}
@@ -197,7 +198,7 @@ def test_published_size_and_cost(name, millions, billions):
 
 def test_a_classifiers_checkpoint_loads_for_dense_tasks(tmp_path):
     source = linvision.create_model("l2vit_tiny", num_classes=3)
-    torch.save(to_release({key: x.half() for key, x in source.state_dict().items()}), tmp_path / "l2vit.pth")
+    torch.save(RELEASE.released({key: x.half() for key, x in source.state_dict().items()}), tmp_path / "l2vit.pth")
     backbone = linvision.create_model(
         "l2vit_tiny", checkpoint_path=tmp_path / "l2vit.pth", num_classes=3, features_only=True
     )
@@ -213,7 +214,7 @@ def test_files_of_the_published_training_code(tmp_path):
     for ema in (False, True):
         model = L2ViT(**SMALL)
         state_dict = linvision.models.load_state_dict(tmp_path / "trained.pth", ema=ema)
-        model.load_state_dict(checkpoint_filter_fn(state_dict, model), strict=True)
+        load_weights(model, state_dict, "file", release=RELEASE)
         torch.testing.assert_close(model.head.bias, source.head.bias + ema)
 
 

@@ -7,10 +7,10 @@ import torch
 from timm.layers import DropPath
 
 from linvision.bench.activations import count_activations
-from linvision.models.deit3 import DeiT3
-from linvision.models.l2vit import L2ViT
-from linvision.models.vil import VisionLSTM, VisionLSTM2
-from linvision.models.vim import VisionMamba
+from linvision.models.deit3.model import DeiT3
+from linvision.models.l2vit.model import L2ViT
+from linvision.models.vil.model import VisionLSTM, VisionLSTM2
+from linvision.models.vim.model import VisionMamba
 from linvision.ops.mlstm import BODIES
 
 DIM = 64  # from which the products of a layer are kept

@@ -9,7 +9,9 @@ import torch
 import linvision
 from linvision.errors import CheckpointError
 from linvision.models import VisionLSTM, VisionLSTM2, load_checkpoint
-from linvision.models.vil_variants import checkpoint_filter_fn, to_release, vision_lstm, vision_lstm2
+from linvision.models.checkpoints import load_weights, unwrap
+from linvision.models.vil.release import RELEASE
+from linvision.models.vil.variants import vision_lstm, vision_lstm2
 from tests import goldens
 
 # The mLSTM holds its stabiliser constant in the backward pass; the goldens' README allows 1e-4 for that.
@@ -34,7 +36,7 @@ def test_position_table_is_resized_on_loading_and_at_run_time():
     weights = goldens.load_model_case("vil2_classifier").state_dict
     case = goldens.load_op_case("vil2_resized")
     loaded = build("vil2_resized").double()
-    loaded.load_state_dict(checkpoint_filter_fn(weights, loaded), strict=True)
+    load_weights(loaded, weights, "file", release=RELEASE)
     small = build("vil2_classifier").double()
     small.load_state_dict(weights)
     for model in (loaded, small):
@@ -54,7 +56,7 @@ def test_release_file(name):
     load_checkpoint(model, goldens.FOLDER / f"{name}_release.th")
     assert goldens.relative_error(model(case.input), case.output) <= goldens.OUTPUT_BOUND[torch.float32]
     released = torch.load(goldens.FOLDER / f"{name}_release.th", weights_only=True)["state_dict"]
-    back = to_release(model.state_dict())["state_dict"]
+    back = RELEASE.released(model.state_dict())["state_dict"]
     assert back.keys() == released.keys()
     assert all(torch.equal(back[key], released[key]) for key in released)
 
@@ -62,10 +64,10 @@ def test_release_file(name):
 def test_generations_are_told_apart():
     released = torch.load(goldens.FOLDER / "vil1_classifier_release.th", weights_only=True)
     with pytest.raises(CheckpointError, match="first-generation"):
-        checkpoint_filter_fn(released, build("vil2_classifier"))
+        load_weights(build("vil2_classifier"), unwrap(released, "file"), "file", release=RELEASE)
     released = torch.load(goldens.FOLDER / "vil2_classifier_release.th", weights_only=True)
     with pytest.raises(CheckpointError, match="second-generation"):
-        checkpoint_filter_fn(released, build("vil1_classifier"))
+        load_weights(build("vil1_classifier"), unwrap(released, "file"), "file", release=RELEASE)
 
 
 @pytest.mark.parametrize("name", ["vil2_classifier", "vil1_classifier"])
@@ -74,7 +76,7 @@ def test_classifier_checkpoint_loads_for_features(name):
     make, mode = (vision_lstm2, "features") if "vil2" in name else (vision_lstm, None)
     model = make(**config | {"mode": mode, "pooling": None}).double().eval()
     case = goldens.load_model_case(name)
-    model.load_state_dict(checkpoint_filter_fn(case.state_dict, model), strict=True)
+    load_weights(model, case.state_dict, "file", release=RELEASE)
     classifier = build(name).double()
     classifier.load_state_dict(case.state_dict)
     tokens = classifier.forward_features(case.input)

@@ -9,18 +9,17 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from linvision.errors import CheckpointError
-from linvision.models._checkpoints import load_into, load_state_dict
-from linvision.models._vim_layers import MambaMixer, RotaryEmbedding
-from linvision.models.vim import VisionMamba, class_rows, insert_rows, remove_rows, resize_positions
-from linvision.models.vim_variants import (
+from linvision.models.checkpoints import load_state_dict, load_weights
+from linvision.models.vim.layers import MambaMixer, RotaryEmbedding
+from linvision.models.vim.model import VisionMamba, class_rows, insert_rows, remove_rows, resize_positions
+from linvision.models.vim.release import RELEASE
+from linvision.models.vim.variants import (
     ALIASES,
     FUNCTION_ARGUMENTS,
     PUBLISHED,
-    checkpoint_filter_fn,
     default_cfgs,
     from_published_arguments,
     published_options,
-    to_release,
 )
 from tests import goldens
 
@@ -56,7 +55,7 @@ def test_golden(name, dtype):
 
 
 def load(model: VisionMamba, path, **options) -> VisionMamba:
-    load_into(model, checkpoint_filter_fn(load_state_dict(path, **options), model), path.name)
+    load_weights(model, load_state_dict(path, **options), path.name, release=RELEASE)
     return model
 
 
@@ -66,7 +65,7 @@ def test_release_file():
     model = load(from_published_arguments(**case.config).eval(), path)
     assert goldens.relative_error(model(case.input), case.output) <= goldens.OUTPUT_BOUND[torch.float32]
     released = torch.load(path, weights_only=True)["model"]
-    back = to_release(model.state_dict())["model"]
+    back = RELEASE.released(model.state_dict())["model"]
     assert back.keys() == released.keys()
     assert all(torch.equal(back[key], released[key]) for key in released)
 
@@ -94,7 +93,7 @@ def test_table_of_another_grid_keeps_its_class_rows(class_token):
         old.pos_embed.zero_()
         for count, row in enumerate(class_rows(class_token, 196)):
             old.pos_embed[:, row] = count + 1.0
-    load_into(new, checkpoint_filter_fn(old.state_dict(), new), "file")
+    load_weights(new, old.state_dict(), "file", release=RELEASE)
     rows = class_rows(class_token, 15)
     torch.testing.assert_close(new.pos_embed[:, rows, 0], torch.arange(1.0, len(rows) + 1)[None])
     assert (remove_rows(new.pos_embed, rows) == 0).all()
@@ -102,7 +101,7 @@ def test_table_of_another_grid_keeps_its_class_rows(class_token):
     # Resized on loading, for good or at run time: one model.
     image = torch.randn(2, 3, 24, 40)
     nn.init.normal_(old.pos_embed)
-    load_into(new, checkpoint_filter_fn(old.state_dict(), new), "file")
+    load_weights(new, old.state_dict(), "file", release=RELEASE)
     old.eval(), new.eval()
     torch.testing.assert_close(new(image), old(image))
     old.set_input_size((24, 40))
@@ -114,7 +113,7 @@ def test_a_table_that_fits_no_square_grid_is_refused():
     model = small()
     weights = model.state_dict() | {"pos_embed": torch.zeros(1, 20, 16)}
     with pytest.raises(CheckpointError, match=r"pos_embed \(1, 20, 16\) in the file, \(1, 17, 16\) in the model"):
-        load_into(model, checkpoint_filter_fn(weights, model), "file")
+        load_weights(model, weights, "file", release=RELEASE)
 
 
 def test_rows_are_inserted_where_they_are_removed():
@@ -172,7 +171,7 @@ def test_checkpointing_and_other_grids_with_every_kind_of_carry(options):
         gradients.append({key: p.grad.clone() for key, p in model.named_parameters()})
     torch.testing.assert_close(gradients[1], gradients[0])
     moved = small(**options, img_size=(24, 48)).double()
-    load_into(moved, checkpoint_filter_fn(model.state_dict(), moved), "file")
+    load_weights(moved, model.state_dict(), "file", release=RELEASE)
     torch.testing.assert_close(moved(images), model(images))
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from linvision.bench.contenders import storage_of, tensors_of
+from linvision.models.backbone import Backbone
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,10 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
 
 @contextmanager
 def _named_blocks(model: nn.Module, tracker: AllocationTracker) -> Iterator[None]:
+    if isinstance(model, Backbone):
+        with _named_runs(model, tracker):
+            yield
+        return
     handles = []
     for name, block in blocks_of(model).items():
         handles.append(block.register_forward_pre_hook(lambda *_, name=name: setattr(tracker, "block", name)))
@@ -152,6 +157,26 @@ def _named_blocks(model: nn.Module, tracker: AllocationTracker) -> Iterator[None
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _named_runs(model: Backbone, tracker: AllocationTracker) -> Iterator[None]:
+    """Name storages by block without a hook, for which a layer's definition would run instead of its form."""
+    names = {layer: name for name, block in blocks_of(model).items() for layer in block.modules()}
+    run = model._run
+
+    def named(layer: nn.Module, *args: object) -> object:
+        tracker.block = names.get(layer, "")
+        try:
+            return run(layer, *args)
+        finally:
+            tracker.block = ""
+
+    object.__setattr__(model, "_run", named)
+    try:
+        yield
+    finally:
+        object.__delattr__(model, "_run")
 
 
 def _name(func: object) -> str:

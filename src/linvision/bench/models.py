@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from linvision.bench.contenders import Lineup, Setting, Step
 from linvision.models import create_model, resolve_name
-from linvision.models.deit3 import RecomputingBlock, set_selective_checkpointing
+from linvision.models.deit3.layers import RecomputingBlock, set_selective_checkpointing
 from linvision.ops import (
     mlstm,
     mlstm_parallel,

@@ -1,29 +1,39 @@
 """The backbones, registered with timm, and creation by name."""
 
-from linvision.models._checkpoints import load_state_dict
-from linvision.models._factory import (
+from linvision.models.checkpoints import load_state_dict
+from linvision.models.deit3.model import DeiT3
+from linvision.models.forms import use_forms
+from linvision.models.hub import push_to_hub, save_pretrained
+from linvision.models.l2vit.model import L2ViT
+from linvision.models.registry import (
     ModelDescription,
     create_model,
     describe,
     list_models,
     load_checkpoint,
+    own_keys,
     resolve_name,
     to_release,
 )
-from linvision.models._hub import push_to_hub, save_pretrained
-from linvision.models.vil import VisionLSTM, VisionLSTM2
+from linvision.models.vil.model import VisionLSTM, VisionLSTM2
+from linvision.models.vim.model import VisionMamba
 
 __all__ = [
+    "DeiT3",
+    "L2ViT",
     "ModelDescription",
     "VisionLSTM",
     "VisionLSTM2",
+    "VisionMamba",
     "create_model",
     "describe",
     "list_models",
     "load_checkpoint",
     "load_state_dict",
+    "own_keys",
     "push_to_hub",
     "resolve_name",
     "save_pretrained",
     "to_release",
+    "use_forms",
 ]

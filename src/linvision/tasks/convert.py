@@ -5,15 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from linvision.console import output
 from linvision.errors import UsageError
 from linvision.files import replacing, write_weights
-from linvision.models import load_state_dict, to_release
-from linvision.models._checkpoints import rename
-from linvision.models.vil_variants import RELEASE_KEYS_1, RELEASE_KEYS_2
-from linvision.models.vil_variants import _paired as paired
+from linvision.models import load_state_dict, own_keys, to_release
 
 TORCH_SUFFIXES = (".th", ".pth", ".pt")
 
@@ -45,7 +41,7 @@ def convert(options: ConvertOptions) -> int:
         raise UsageError(f"{target} exists already: remove it, or choose another name")
     if options.model is not None and target.suffix == ".safetensors":
         raise UsageError("--model is for released torch files: safetensors always carry the model's own keys")
-    state_dict = architecture_keys(load_state_dict(options.source, ema=options.ema))
+    state_dict = own_keys(load_state_dict(options.source, ema=options.ema))
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.suffix == ".safetensors":
         write_weights(target, state_dict)
@@ -56,11 +52,3 @@ def convert(options: ConvertOptions) -> int:
             temporary.write_bytes(buffer.getvalue())
     output().print(f"{target}: {len(state_dict)} tensors, {target.stat().st_size / 1e6:.1f} MB", markup=False)
     return 0
-
-
-def architecture_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the keys of a released ViL file to the architecture's; other state dicts stay as they are."""
-    if not any(key.startswith("xlstm.") for key in state_dict):
-        return state_dict
-    first_generation = any(".conv1d.conv." in key for key in state_dict)
-    return rename(state_dict, RELEASE_KEYS_1) if first_generation else paired(rename(state_dict, RELEASE_KEYS_2))

@@ -8,37 +8,59 @@ from timm.models import push_to_hf_hub
 from timm.models._hub import save_for_hf
 from torch import nn
 
-from linvision.errors import DownloadError
+from linvision.errors import CheckpointError, DownloadError
 
 WEIGHT_FILES = ["*.safetensors", "*.pth", "*.pt", "*.bin"]
+SHARED_FILES = ("model.safetensors", "pytorch_model.bin")  # what timm and ``push_to_hub`` call them, the first first
 
 
-def fetch_from_hub(repo_id: str, *, accuracy: float | None = None, revision: str | None = None) -> Path:
+def fetch_from_hub(repo_id: str, *, accuracy: float | None = None, filename: str | None = None) -> Path:
     """Download the weights of a hub repository into the hub's cache and return the file.
 
     Args:
-        repo_id: "owner/name".
+        repo_id: "owner/name", or "owner/name@revision" with a branch, tag or commit to pin.
         accuracy: published top-1 in %. Of several files the one that carries it in its name (76p1 for 76.1) is taken.
-        revision: branch, tag or commit to pin.
+        filename: the file to take.
 
     Raises:
         DownloadError: without a network, for an unknown repository, or where no file or no one file is to be chosen.
     """
-    named = f"*{accuracy:.1f}*".replace(".", "p") if accuracy is not None else None
+    repo_id, _, revision = repo_id.partition("@")
+    named = filename or (f"*{accuracy:.1f}*".replace(".", "p") if accuracy is not None else None)
     tried: list[Path] = []
     for patterns in [[named], WEIGHT_FILES] if named else [WEIGHT_FILES]:
         try:
-            folder = huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=patterns)
+            folder = huggingface_hub.snapshot_download(repo_id, revision=revision or None, allow_patterns=patterns)
         except (OSError, HfHubHTTPError, HFValidationError) as error:
             raise DownloadError(
                 f"could not download {repo_id} from the Hugging Face hub ({str(error).splitlines()[0]}); fetch a file "
                 f"of https://huggingface.co/{repo_id} by other means and pass its path as checkpoint_path"
             ) from error
-        tried = sorted(path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file())
+        tried = _weight_files(Path(folder), patterns)
         if len(tried) == 1:
             return tried[0]
     found = ", ".join(path.name for path in tried) or "no weight files"
     raise DownloadError(f"{repo_id} holds {found}: download the right one and pass its path as checkpoint_path")
+
+
+def weights_in(folder: Path) -> Path:
+    """Return the weights in a folder that ``save_pretrained``, or timm, has written.
+
+    Raises:
+        CheckpointError: there is no file of weights, or no telling which.
+    """
+    found = _weight_files(folder, WEIGHT_FILES)
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "no weight files"
+        raise CheckpointError(f"{folder} holds {names}: one is needed, {' or '.join(SHARED_FILES)}")
+    return found[0]
+
+
+def _weight_files(folder: Path, patterns: list[str]) -> list[Path]:
+    """List a folder's files by patterns; where one of them is what timm calls its weights, that alone."""
+    found = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+    shared = [path for name in SHARED_FILES for path in found if path.name == name]
+    return shared[:1] or found
 
 
 def push_to_hub(

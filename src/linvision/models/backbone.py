@@ -5,33 +5,17 @@ other, ``finish`` them into features, and turn features into logits (``forward_h
 forward_features, forward_intermediates, pruning and gradient checkpointing, so that every family answers alike.
 """
 
-import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 
-from linvision.errors import UnknownOptionError, did_you_mean
-from linvision.models._recompute import run_recomputed
-
-# Overrides that timm's builder takes for itself; all others go to the model's constructor.
-BUILDER_OPTIONS = (
-    "pretrained_cfg",
-    "pretrained_cfg_overlay",
-    "pretrained_model_args",
-    "cache_dir",
-    "features_only",
-    "out_indices",
-    "feature_cls",
-)
+from linvision.models.forms import form_of, is_listened_to
+from linvision.models.recompute import run_recomputed
 
 
 class Backbone(nn.Module, ABC):
@@ -48,6 +32,7 @@ class Backbone(nn.Module, ABC):
     in_chans: int
     head: nn.Module
     feature_info: list[dict[str, Any]]
+    classifier_parts: tuple[str, ...] = ()  # children beside ``head`` that only a classifier has
     grad_checkpointing = False
     selective_checkpointing = False
 
@@ -159,10 +144,20 @@ class Backbone(nn.Module, ABC):
         return take
 
     def _run(self, layer: nn.Module, *args: Any) -> Any:
+        """Run a layer, or the form that may stand for it; recompute it in the backward pass where that is asked for."""
+        compute = form_of(layer) or layer
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
             again = partial(self._recomputing, layer)
-            return run_recomputed(layer, *args, selective=self.selective_checkpointing, again=again)
-        return layer(*args)
+            return run_recomputed(compute, *args, selective=self.selective_checkpointing, again=again)
+        return compute(*args)
+
+    def _run_row(self, row: nn.Module, x: Tensor, *args: Any) -> Tensor:
+        """Run the children of a module that calls them in a row, or the module itself where it is listened to."""
+        if is_listened_to(row):
+            return self._run(row, x, *args)
+        for layer in row.children():
+            x = self._run(layer, x, *args)
+        return x
 
     def _recomputing(self, layer: nn.Module) -> AbstractContextManager[None]:
         """Return the context in which a layer is recomputed; compiled graphs do without."""
@@ -177,92 +172,8 @@ class Backbone(nn.Module, ABC):
         return x
 
 
-def pair(sides: int | tuple[int, int]) -> tuple[int, int]:
-    """Return (height, width), given both or the side of a square."""
-    return (sides, sides) if isinstance(sides, int) else (int(sides[0]), int(sides[1]))
-
-
-def patch_grid(image_size: tuple[int, int], patch_size: tuple[int, int], stride: tuple[int, int]) -> tuple[int, int]:
-    """Count the rows and columns of patches, (H - patch) // stride + 1 and likewise for W.
-
-    Raises:
-        ValueError: where the patch does not divide a side of the image.
-    """
-    for side, size, patch in zip(("height", "width"), image_size, patch_size, strict=True):
-        if size % patch or size < patch:
-            near = max(patch, round(size / patch) * patch)
-            raise ValueError(
-                f"image {side} {size} is not a multiple of the patch size {patch}: resize or pad it, to {near} say"
-            )
-    rows, columns = (
-        (size - patch) // step + 1 for size, patch, step in zip(image_size, patch_size, stride, strict=True)
-    )
-    return rows, columns
-
-
-def resize_grid(table: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Resize a position table (1, rows, columns, D) to another grid: bicubic, align_corners=False, no antialias."""
-    if tuple(table.shape[1:3]) == tuple(grid):
-        return table
-    return interpolate(table.permute(0, 3, 1, 2), grid, mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
-
-
 def drop_path_rates(rate: float, depth: int, *, decay: bool) -> list[float]:
     """Return one drop-path rate a block: all equal, or with ``decay`` rising linearly from 0."""
     if not 0 <= rate < 1:
         raise ValueError(f"drop_path_rate={rate}: a probability from 0 to below 1 is needed")
     return torch.linspace(0, rate, depth, device="cpu").tolist() if decay else [rate] * depth
-
-
-@dataclass(frozen=True)
-class Published:
-    """What a paper reports for a registered name."""
-
-    top1: float  # %, ImageNet-1K validation set
-    note: str = ""
-
-
-def classifier_cfg(**changes: Any) -> dict[str, Any]:
-    """Return timm's description of an ImageNet-1K classifier's input and head, with ``changes``."""
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "",
-        **changes,
-    }
-
-
-def build(
-    model_class: type[nn.Module],
-    variant: str,
-    pretrained: bool,
-    *,
-    defaults: dict[str, Any],
-    overrides: dict[str, Any],
-    filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]],
-    out_indices: tuple[int, ...],
-) -> nn.Module:
-    """Build a registered model through timm: constructor ``defaults`` of the variant, changed by ``overrides``.
-
-    Raises:
-        UnknownOptionError: for an override that neither timm's builder nor the constructor knows.
-    """
-    known = [*inspect.signature(model_class).parameters, *BUILDER_OPTIONS]
-    for name in overrides:
-        if name not in known:
-            raise UnknownOptionError(f"{variant} has no option {name!r}{did_you_mean(name, known)}")
-    return build_model_with_cfg(
-        model_class,
-        variant,
-        pretrained,
-        pretrained_filter_fn=filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **{**defaults, **overrides},
-    )

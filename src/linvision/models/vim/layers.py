@@ -6,20 +6,17 @@ kernel turned round.
 """
 
 import math
-from collections.abc import Callable
-from typing import Literal, NamedTuple, cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from linvision.models._fusion import call_linear, fusible, gates_in_products, halves_of, unchanged
-from linvision.ops.convolution import causal_conv1d
-from linvision.ops.linear import Linear, cast_once, linear
-from linvision.ops.selective_scan import selective_scan
+from linvision.ops import causal_conv1d, selective_scan
 
 Directions = Literal["v2", "v1", "forward", "backward"]
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # of a scan: u, delta, B, C
 KERNEL_SIZE = 4
 EXPAND = 2
 
@@ -53,16 +50,6 @@ class CausalConv(nn.Conv1d):
         return causal_conv1d(x, self.weight, self.bias, activation="silu", reverse=self.reverse)
 
 
-class Projected(NamedTuple):
-    """What a branch scans: u and delta (B, S, E), a bias that is still to be added to delta, B and C (B, S, N)."""
-
-    u: Tensor
-    delta: Tensor
-    delta_bias: Tensor | None
-    B: Tensor
-    C: Tensor
-
-
 class MambaMixer(nn.Module):
     """Gated selective scan of inner width E = 2 dim, one-way or both ways (arXiv 2401.09417, algorithm 1).
 
@@ -77,6 +64,15 @@ class MambaMixer(nn.Module):
         halve: divide the sum of the two branches of "v2" by 2.
         layer_scale: initial value of a factor per channel on the result; None for no such factor.
     """
+
+    in_proj: nn.Linear
+    conv1d: CausalConv
+    x_proj: nn.Linear
+    dt_proj: nn.Linear
+    conv1d_b: CausalConv
+    x_proj_b: nn.Linear
+    dt_proj_b: nn.Linear
+    out_proj: nn.Linear
 
     def __init__(
         self, dim: int, *, d_state: int, directions: Directions, halve: bool, layer_scale: float | None
@@ -102,88 +98,34 @@ class MambaMixer(nn.Module):
         self.out_proj = nn.Linear(inner, dim, bias=False)
         self.gamma = None if layer_scale is None else nn.Parameter(torch.full((dim,), float(layer_scale)))
 
-    def forward(self, tokens: Tensor, *, residual: Tensor | None = None) -> Tensor:
-        """Mix (B, S, dim) over the sequence; a residual sum of that shape and type may follow."""
-        x, project_z = self._project_in(tokens)
-        y, last = None, (self.A_log, self.D)
-        if self.directions == "v2":
-            # What one branch projects is free again before the other begins.
-            y = self._scan(self._project(x, self.conv1d, self.x_proj, self.dt_proj), *last, reverse=False)
-            projected = self._project(x, self.conv1d_b, self.x_proj_b, self.dt_proj_b)
-            last = (self.A_b_log, self.D_b)
-        else:
-            projected = self._project(x, self.conv1d, self.x_proj, self.dt_proj)
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Mix (B, S, dim) over the sequence."""
+        x, z = self.in_proj(tokens).chunk(2, dim=-1)
+        inputs = self._project(x, self.conv1d, self.x_proj, self.dt_proj)
+        y = self._scan(inputs, self.A_log, self.D, z, reverse=self.directions == "backward")
         if self.directions == "v1":
-            y = self._scan(projected, *last, reverse=False)
-            last = (self.A_b_log, self.D)
-        del x
-        reverse = self.directions != "forward"
-        if gates_in_products(tokens):
-            y = self._scan(projected, *last, reverse=reverse, residual=y)
-            del projected  # the gate is not to be alive beside it
-            return self._project_out(y, gate=project_z(), residual=residual)
-        y = self._scan(projected, *last, reverse=reverse, residual=y, z=project_z())
-        return self._project_out(y, gate=None, residual=residual)
+            y = y + self._scan(inputs, self.A_b_log, self.D, z, reverse=True)
+        elif self.directions == "v2":
+            inputs = self._project(x, self.conv1d_b, self.x_proj_b, self.dt_proj_b)
+            y = y + self._scan(inputs, self.A_b_log, self.D_b, z, reverse=True)
+        out = self.out_proj(y / 2 if self.halves else y)
+        return out if self.gamma is None else out * self.gamma
 
-    def _project_in(self, tokens: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
-        """Return x (B, S, E) and what computes the gate z when it is needed."""
-        if not unchanged(self.in_proj):
-            x, z = self.in_proj(tokens).chunk(2, dim=-1)
-            return x, lambda: z
-        x_half, z_half = halves_of(self.in_proj)
-        tokens = cast_once(tokens)
-        return linear(tokens, x_half), lambda: linear(tokens, z_half)
-
-    def _project_out(self, y: Tensor, *, gate: Tensor | None, residual: Tensor | None) -> Tensor:
-        """Map y (B, S, E), the sum of the branches, gated before or here."""
-        halve = self.halve and self.directions == "v2"
-        if unchanged(self.out_proj):
-            # Half of the weights instead of half of the sum: fewer numbers, and exactly the same result.
-            layer = Linear(self.out_proj.weight / 2 if halve else self.out_proj.weight)
-            if self.gamma is None:
-                return linear(y, layer, gate=gate, residual=residual)
-            out = linear(y, layer, gate=gate)
-        else:
-            y = y if gate is None else y * F.silu(gate)
-            out = self.out_proj(y / 2 if halve else y)
-        out = out if self.gamma is None else out * self.gamma
-        return out if residual is None else residual + out
-
-    def _project(self, x: Tensor, conv: CausalConv, x_proj: nn.Linear, dt_proj: nn.Linear) -> Projected:
-        """Project what a branch scans from x (B, S, E)."""
+    def _project(self, x: Tensor, conv: CausalConv, x_proj: nn.Linear, dt_proj: nn.Linear) -> Inputs:
         u = conv(x)
-        dt, B, C = call_linear(x_proj, u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        if not unchanged(dt_proj):
-            return Projected(u, dt_proj(dt), None, B, C)
-        return Projected(u, linear(dt, Linear(dt_proj.weight)), dt_proj.bias, B, C)
+        dt, B, C = x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        return u, dt_proj(dt), B, C
 
     @staticmethod
-    def _scan(
-        projected: Projected,
-        A_log: Tensor,
-        D: Tensor,
-        *,
-        reverse: bool,
-        residual: Tensor | None = None,
-        z: Tensor | None = None,
-    ) -> Tensor:
-        """Scan one way; dt_proj's bias is added inside, in float32."""
-        u, delta, delta_bias, B, C = projected
-        A = -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
-        y = selective_scan(
-            u,
-            delta,
-            A,
-            B,
-            C,
-            D=D,
-            z=z,
-            residual=residual,
-            delta_bias=delta_bias,
-            delta_softplus=True,
-            reverse=reverse,
-        )
+    def _scan(inputs: Inputs, A_log: Tensor, D: Tensor, z: Tensor, *, reverse: bool) -> Tensor:
+        u, delta, B, C = inputs
+        y = selective_scan(u, delta, decay(A_log), B, C, D=D, z=z, delta_softplus=True, reverse=reverse)
         return cast(Tensor, y)
+
+    @property
+    def halves(self) -> bool:
+        """Whether the sum of the branches is divided by 2."""
+        return self.halve and self.directions == "v2"
 
     @torch.no_grad()
     def initialise(self, *, depth: int) -> None:
@@ -204,7 +146,11 @@ class MambaMixer(nn.Module):
 class VimLayer(nn.Module):
     """Residual layer: residual = residual + drop_path(hidden); hidden = mixer(norm(residual))."""
 
-    def __init__(self, *, mixer: MambaMixer, norm: nn.Module, drop_path: float) -> None:
+    norm: RMSNorm | LayerNorm
+    mixer: MambaMixer
+    drop_path: DropPath
+
+    def __init__(self, *, mixer: MambaMixer, norm: RMSNorm | LayerNorm, drop_path: float) -> None:
         super().__init__()
         self.norm = norm
         self.mixer = mixer
@@ -215,14 +161,10 @@ class VimLayer(nn.Module):
         residual = add_residual(residual, self.drop_path(hidden))
         return self.mixer(self.norm(residual)), residual
 
-    def summed(self, x: Tensor) -> Tensor:
-        """Map the sum (B, S, D) of hidden and residual to that of those that follow, one tensor instead of two."""
-        return self.mixer(self.norm(x), residual=x)
 
-    def may_sum(self) -> bool:
-        """Say whether ``summed`` may stand for the layer: in evaluation mode, and nobody listens or has replaced it."""
-        own = (VimLayer, DropPath, RMSNorm, LayerNorm, MambaMixer)
-        return fusible(self, self.drop_path, self.norm, self.mixer, own=own)
+def decay(A_log: Tensor) -> Tensor:
+    """Return A = -exp(A_log), in float32 or wider."""
+    return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
 
 
 def add_residual(residual: Tensor | None, hidden: Tensor) -> Tensor:

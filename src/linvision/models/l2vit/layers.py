@@ -10,12 +10,8 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from linvision.models._fusion import fusible, layer_norm_of, linear_of
-from linvision.ops.convolution import depthwise_conv2d
-from linvision.ops.linear import linear
-from linvision.ops.linear import mlp as ops_mlp
-from linvision.ops.linear_attention import linear_attention
-from linvision.ops.window_attention import attend_in_windows, pad_to_multiple, window_attention
+from linvision.ops import depthwise_conv2d, linear_attention
+from linvision.ops.window_attention import attend_in_windows, pad_to_multiple
 
 
 def as_image(x: Tensor) -> Tensor:
@@ -26,13 +22,6 @@ def as_image(x: Tensor) -> Tensor:
 def as_map(x: Tensor) -> Tensor:
     """Return (B, C, H, W) as a dense (B, H, W, C); a view where x has the channels-last layout."""
     return x.permute(0, 2, 3, 1).contiguous()
-
-
-def add(x: Tensor, update: Tensor) -> Tensor:
-    """Return x + update, written into x where no gradient is recorded: x is its caller's own and read no more."""
-    if torch.is_grad_enabled() or x.dtype != update.dtype:
-        return x + update
-    return x.add_(update)
 
 
 class Depthwise(nn.Conv2d):
@@ -49,17 +38,22 @@ class Depthwise(nn.Conv2d):
 class PositionEncoding(nn.Module):
     """Conditional position encoding: x + depthwise 3x3 convolution of x."""
 
+    proj: Depthwise
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.proj = Depthwise(dim, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         """Encode positions into (B, H, W, C)."""
-        return add(self.proj(x), x)
+        return x + self.proj(x)
 
 
 class WindowAttention(nn.Module):
     """Softmax attention within windows of w x w tokens that tile the map; zero tokens fill the last ones up."""
+
+    qkv: nn.Linear
+    proj: nn.Linear
 
     def __init__(self, dim: int, num_heads: int, window_size: int) -> None:
         super().__init__()
@@ -74,6 +68,9 @@ class WindowAttention(nn.Module):
 
 class LinearAttention(nn.Module):
     """Enhanced linear attention over all tokens of the map (``linvision.ops.linear_attention``)."""
+
+    qkv: nn.Linear
+    proj: nn.Linear
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -95,6 +92,11 @@ class LinearAttention(nn.Module):
 class LocalConcentration(nn.Module):
     """Local concentration module: depthwise 7x7, GELU, batch norm, depthwise 7x7."""
 
+    conv1: Depthwise
+    act: nn.GELU
+    bn: nn.BatchNorm2d
+    conv2: Depthwise
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.conv1 = Depthwise(dim, 7)
@@ -110,6 +112,10 @@ class LocalConcentration(nn.Module):
 class Mlp(nn.Module):
     """Two linear layers of width 4 C with a GELU between."""
 
+    fc1: nn.Linear
+    act: nn.GELU
+    fc2: nn.Linear
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, 4 * dim)
@@ -121,16 +127,15 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-def add_mlp(block: "LocalBlock | GlobalBlock", x: Tensor) -> Tensor:
-    """Return x + drop_path(mlp(norm2(x))) with the layers of a block."""
-    norm, mlp, drop_path = block.norm2, block.mlp, block.drop_path
-    if not fusible(norm, mlp, *mlp.children(), drop_path, own=(Mlp, DropPath)):
-        return add(x, drop_path(mlp(norm(x))))
-    return ops_mlp(x, linear_of(mlp.fc1), linear_of(mlp.fc2), norm=layer_norm_of(norm), residual=x)
-
-
 class LocalBlock(nn.Module):
     """Position encoding, window attention, position encoding, MLP."""
+
+    cpe: nn.ModuleList
+    norm1: nn.LayerNorm
+    attn: WindowAttention
+    norm2: nn.LayerNorm
+    mlp: Mlp
+    drop_path: DropPath
 
     def __init__(self, dim: int, num_heads: int, window_size: int, drop_path: float) -> None:
         super().__init__()
@@ -143,25 +148,23 @@ class LocalBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform (B, H, W, C)."""
-        x = self._attend(self.cpe[0](x))
-        return add_mlp(self, self.cpe[1](x))
-
-    def _attend(self, x: Tensor) -> Tensor:
-        attn = self.attn
-        if not fusible(self.norm1, attn, *attn.children(), self.drop_path, own=(WindowAttention, DropPath)):
-            return add(x, self.drop_path(attn(self.norm1(x))))
-        return window_attention(
-            x,
-            linear_of(attn.qkv),
-            linear_of(attn.proj),
-            norm=layer_norm_of(self.norm1),
-            num_heads=attn.num_heads,
-            window_size=attn.window_size,
-        )
+        x = self.cpe[0](x)
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        x = self.cpe[1](x)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class GlobalBlock(nn.Module):
     """Position encoding, linear attention, local concentration, MLP."""
+
+    cpe: nn.ModuleList
+    norm1: nn.LayerNorm
+    attn: LinearAttention
+    norm3: nn.LayerNorm
+    local_mp: LocalConcentration
+    norm2: nn.LayerNorm
+    mlp: Mlp
+    drop_path: DropPath
 
     def __init__(self, dim: int, num_heads: int, drop_path: float) -> None:
         super().__init__()
@@ -176,16 +179,10 @@ class GlobalBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform (B, H, W, C)."""
-        x = self._attend(self.cpe[0](x))
-        x = add(x, self.drop_path(self.local_mp(self.norm3(x))))
-        return add_mlp(self, x)
-
-    def _attend(self, x: Tensor) -> Tensor:
-        attn = self.attn
-        if not fusible(self.norm1, attn, *attn.children(), self.drop_path, own=(LinearAttention, DropPath)):
-            return add(x, self.drop_path(attn(self.norm1(x))))
-        y = attn.attend(linear(x, linear_of(attn.qkv), norm=layer_norm_of(self.norm1)))
-        return linear(y, linear_of(attn.proj), residual=x)
+        x = self.cpe[0](x)
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        x = x + self.drop_path(self.local_mp(self.norm3(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class Stem(nn.Module):

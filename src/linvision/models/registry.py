@@ -3,39 +3,31 @@
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from timm.models import PretrainedCfg, get_pretrained_cfg, is_model, model_entrypoint, split_model_name_tag
+from timm.models import PretrainedCfg, get_pretrained_cfg, is_model, split_model_name_tag
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from linvision.errors import DownloadError, UnknownNameError, did_you_mean
-from linvision.models import deit3, l2vit_variants, vil_variants, vim_variants
-from linvision.models._backbone import Published
-from linvision.models._checkpoints import StateDict, fetch, load_into, load_state_dict
-from linvision.models._hub import fetch_from_hub
+from linvision.models.builder import Family, Published, Weights
+from linvision.models.checkpoints import StateDict, load_state_dict, load_weights
+from linvision.models.deit3 import variants as deit3
+from linvision.models.l2vit import variants as l2vit
+from linvision.models.vil import variants as vil
+from linvision.models.vim import variants as vim
 
+FEATURE_OPTIONS = ("features_only", "out_indices", "feature_cls")
 SOURCES = ("hf-hub:", "local-dir:")  # of models that carry their own weights and description
-FAMILIES: dict[str, ModuleType] = {
-    "ViL": vil_variants,
-    "Vim": vim_variants,
-    "L2ViT": l2vit_variants,
-    "DeiT-III": deit3,
-}
+FAMILIES: tuple[Family, ...] = (vil.FAMILY, vim.FAMILY, l2vit.FAMILY, deit3.FAMILY)
 
 
 def list_models(pattern: str = "*") -> list[str]:
     """List the registered names of this package that match a shell pattern, with their checkpoint tags."""
-    names = [
-        f"{arch}.{tag}" if tag else arch
-        for family in FAMILIES.values()
-        for arch, cfg in family.default_cfgs.items()
-        for tag in cfg.tags
-    ]
+    names = [name for family in FAMILIES for name in family.names()]
     return [name for name in names if fnmatch(name, pattern) or fnmatch(split_model_name_tag(name)[0], pattern)]
 
 
@@ -45,7 +37,7 @@ def resolve_name(name: str) -> str:
     Raises:
         UnknownNameError: for a name that nobody knows, with the nearest ones.
     """
-    aliases = {alias: target for family in FAMILIES.values() for alias, target in family.ALIASES.items()}
+    aliases = {alias: target for family in FAMILIES for alias, target in family.aliases.items()}
     if name in aliases:
         return aliases[name]
     if name.startswith(SOURCES):
@@ -96,33 +88,47 @@ def create_model(
     name = resolve_name(name)
     if pretrained and checkpoint_path is not None:
         raise ValueError("give pretrained=True or checkpoint_path, not both")
-    if checkpoint_path is None and not (pretrained and _family(name)):
-        try:
-            return timm.create_model(name, pretrained=pretrained or name.startswith(SOURCES), **overrides)
-        except (LocalEntryNotFoundError, HfHubHTTPError) as error:
-            reason = str(error).splitlines()[0]
-            raise DownloadError(f"could not get {name} from the Hugging Face hub ({reason})") from error
-    path = Path(checkpoint_path) if checkpoint_path is not None else _fetch_published(name, revision)
-    state_dict = load_state_dict(path, ema=ema)
-    fresh_head = drop_head or (pretrained and overrides.get("num_classes", 1000) != 1000)
-    feature_options = {key: overrides.pop(key) for key in ("features_only", "out_indices") if key in overrides}
+    if revision is not None:
+        overrides["pretrained_cfg_overlay"] = _pinned(name, revision, overrides.get("pretrained_cfg_overlay"))
+    if checkpoint_path is not None:
+        path = Path(checkpoint_path)
+        return _with_weights(name, Weights(load_state_dict(path, ema=ema), path.name, drop_head), overrides)
+    if ema:
+        overrides["ema"] = True
+    try:
+        return timm.create_model(name, pretrained=pretrained or name.startswith(SOURCES), **overrides)
+    except (LocalEntryNotFoundError, HfHubHTTPError) as error:
+        reason = str(error).splitlines()[0]
+        raise DownloadError(f"could not get {name} from the Hugging Face hub ({reason})") from error
+
+
+def _with_weights(name: str, weights: Weights, overrides: dict[str, Any]) -> nn.Module:
+    if _family(name) is not None:
+        return timm.create_model(name, weights=weights, **overrides)
+    feature_options = {key: overrides.pop(key) for key in FEATURE_OPTIONS if key in overrides}
     model = timm.create_model(name, **overrides)
-    _load(model, state_dict, path.name, drop_head=fresh_head)
+    load_weights(model, weights.state_dict, weights.name, drop_head=weights.drop_head)
     if not feature_options.get("features_only"):
         return model
-    # timm prunes what the chosen maps do not need, so the wrapper's keys are a part of the whole model's; only norms
-    # that dense tasks add to the maps are its own.
-    features = timm.create_model(name, **overrides, **feature_options)
-    loaded = model.state_dict()
-    own = features.state_dict()
-    features.load_state_dict({key: loaded.get(key.removeprefix("model."), own[key]) for key in own})
-    return features
+    # timm's feature extractors rename and drop keys each in its own way, after loading what it takes for a file.
+    overlay = {**(overrides.pop("pretrained_cfg_overlay", None) or {}), "state_dict": model.state_dict()}
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **overrides, **feature_options)
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, *, drop_head: bool = False, ema: bool = False) -> None:
     """Load a checkpoint file into a model made by ``create_model``; arguments and errors as there."""
     path = Path(path)
-    _load(model, load_state_dict(path, ema=ema), path.name, drop_head=drop_head)
+    family = _family((getattr(model, "pretrained_cfg", None) or {}).get("architecture") or "")
+    release = family.release if family else None
+    load_weights(model, load_state_dict(path, ema=ema), path.name, release=release, drop_head=drop_head)
+
+
+def own_keys(state_dict: StateDict) -> StateDict:
+    """Give a state dict with released keys of any family the model's own; others stay as they are."""
+    for family in FAMILIES:
+        if family.release.is_released(state_dict):
+            return family.release.own_keys(state_dict)
+    return state_dict
 
 
 def to_release(name: str, state_dict: StateDict) -> dict[str, Any]:
@@ -130,7 +136,7 @@ def to_release(name: str, state_dict: StateDict) -> dict[str, Any]:
     family = _family(resolve_name(name))
     if family is None:
         raise ValueError(f"{name} is no model of this package: no release layout is known for it")
-    return family.to_release(state_dict)
+    return family.release.released(state_dict)
 
 
 @dataclass(frozen=True)
@@ -157,11 +163,10 @@ def describe(name: str) -> ModelDescription:
         model = timm.create_model(name).eval()
         with FlopCounterMode(display=False) as counter:
             model(torch.empty(1, channels, height, width))
-    families = {module: label for label, module in FAMILIES.items()}
     published = _published(name)
     return ModelDescription(
         name=name,
-        family=families[family] if family else "timm",
+        family=family.label if family else "timm",
         parameters=sum(p.numel() for p in model.parameters()),
         macs=counter.get_total_flops() // 2,
         input_size=(channels, height, width),
@@ -171,12 +176,9 @@ def describe(name: str) -> ModelDescription:
     )
 
 
-def _family(name: str) -> ModuleType | None:
+def _family(name: str) -> Family | None:
     arch, _ = split_model_name_tag(name)
-    if not is_model(arch):
-        return None
-    modules = {module.__name__: module for module in FAMILIES.values()}
-    return modules.get(model_entrypoint(arch).__module__)
+    return next((family for family in FAMILIES if arch in family.default_cfgs), None)
 
 
 def _published(name: str) -> Published | None:
@@ -186,28 +188,15 @@ def _published(name: str) -> Published | None:
         return None
     arch, tag = split_model_name_tag(name)
     tag = tag or family.default_cfgs[arch].tags[0]
-    return family.PUBLISHED.get(f"{arch}.{tag}" if tag else arch)
+    return family.published.get(f"{arch}.{tag}" if tag else arch)
 
 
-def _load(model: nn.Module, state_dict: StateDict, name: str, *, drop_head: bool) -> None:
-    cfg = getattr(model, "pretrained_cfg", {})
-    family = _family(cfg.get("architecture") or "")
-    if family is not None:
-        state_dict = family.checkpoint_filter_fn(state_dict, model)
-    load_into(model, state_dict, name, drop_head=drop_head, classifier=cfg.get("classifier") or "head")
-
-
-def _fetch_published(name: str, revision: str | None) -> Path:
-    cfg = _pretrained_cfg(name)
-    if cfg.url:
-        return fetch(str(cfg.url))
-    if cfg.hf_hub_id:
-        published = _published(name)
-        return fetch_from_hub(str(cfg.hf_hub_id), accuracy=published.top1 if published else None, revision=revision)
-    raise ValueError(
-        f"{name} has no published weights; load a file of your own through checkpoint_path, train it, or take a model "
-        "that has them, such as vil2_tiny_patch16_224"
-    )
+def _pinned(name: str, revision: str, overlay: dict[str, Any] | None) -> dict[str, Any]:
+    """Pin a model of the hub to a revision."""
+    hub_id = _pretrained_cfg(name).hf_hub_id
+    if not hub_id:
+        raise ValueError(f"revision={revision!r}: {name} does not come from the Hugging Face hub")
+    return {**(overlay or {}), "hf_hub_id": f"{str(hub_id).partition('@')[0]}@{revision}"}
 
 
 def _pretrained_cfg(name: str) -> PretrainedCfg:

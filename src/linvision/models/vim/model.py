@@ -1,7 +1,7 @@
 """Vim (Vision Mamba): a plain backbone of selective-scan layers that read the patch tokens both ways.
 
-Paper: arXiv 2401.09417. Parameter keys are the published ones; the layers stand in ``_vim_layers.py``, the published
-models in ``vim_variants.py``.
+Paper: arXiv 2401.09417. Parameter keys are the published ones; the layers stand in ``layers``, the published
+models in ``variants``.
 
 Where this deviates from the published code: it runs on any device and takes images of any size that the patch divides,
 resizing the position table without its class rows, which are taken out by their true place (the published fine-tuning
@@ -11,16 +11,17 @@ embedding is refused where it would rotate class tokens, or tokens that have lef
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 from timm.layers import DropPath, lecun_normal_, trunc_normal_
 from torch import Tensor, nn
 
-from linvision.models._backbone import Backbone, drop_path_rates, pair, patch_grid, resize_grid
-from linvision.models._fusion import fusible
-from linvision.models._vil_layers import PatchEmbed
-from linvision.models._vim_layers import LayerNorm, MambaMixer, RMSNorm, RotaryEmbedding, VimLayer, add_residual
+from linvision.models.backbone import Backbone, drop_path_rates
+from linvision.models.forms import Compute, form_of_stack, is_plain
+from linvision.models.patches import PatchEmbed, pair, patch_grid, resize_grid
+from linvision.models.vim import fused  # noqa: F401 - registers the forms of the layers
+from linvision.models.vim.layers import LayerNorm, MambaMixer, RMSNorm, RotaryEmbedding, VimLayer, add_residual
 
 ClassToken = Literal["middle", "first", "random", "double", "none"]
 Directions = Literal["v2", "v1", "one-way", "paired"]
@@ -35,6 +36,7 @@ class Stream(NamedTuple):
     residual: Tensor | None  # (B, S, D), the sum of all before; None before the first layer, or if hidden is all
     grid: tuple[int, int]  # of the patches
     order: Tensor | None  # (S,): the place that each token has by right, where an experiment moved them
+    of_sums: Compute | None  # the form of the layers that hands on hidden + residual as hidden, where it may be used
 
 
 class VisionMamba(Backbone):
@@ -157,8 +159,8 @@ class VisionMamba(Backbone):
 
     def embed(self, image: Tensor) -> Stream:
         """Turn images into tokens with class tokens and positions, in the order in which the layers read them."""
-        grid = patch_grid((image.shape[2], image.shape[3]), self.patch_size, self.stride)
-        patches = self.patch_embed.proj(image).flatten(2).transpose(1, 2)
+        grid = self.patch_embed.grid(image)
+        patches = self.patch_embed(image).flatten(1, 2)
         num_patches = grid[0] * grid[1]
         rows, order = class_rows(self.class_token, num_patches), None
         if self.class_token == "random" and self.training:
@@ -172,23 +174,22 @@ class VisionMamba(Backbone):
         x = self.pos_drop(x).contiguous()
         if self.training and (self.shuffle_tokens or self.flip_probability > 0):
             x, order = self._reordered(x, order)
-        return Stream(x, None, grid, order)
+        return Stream(x, None, grid, order, self._form_of_sums(x))
 
     def advance(self, carry: Stream, index: int) -> Stream:
         """Run layer ``index``, or pair of layers."""
-        hidden, residual, grid, order = carry
+        hidden, residual = carry.hidden, carry.residual
+        if carry.of_sums is not None:
+            return carry._replace(hidden=carry.of_sums(self.layers[index], hidden))
         if self.rope is not None:
-            hidden = self.rope(hidden, grid)
+            hidden = self.rope(hidden, carry.grid)
             if residual is not None and self.rotate_residual:
-                residual = self.rope(residual, grid)
+                residual = self.rope(residual, carry.grid)
         if self.layers_per_block == 1:
-            if residual is None and (index > 0 or self._may_carry_sums(hidden)):
-                return Stream(cast(VimLayer, self.layers[index]).summed(hidden), None, grid, order)
             hidden, residual = self._run(self.layers[index], hidden, residual)
-            return Stream(hidden, residual, grid, order)
-        hidden_forward, residual_forward = self._run(self.layers[2 * index], hidden, residual)
-        hidden_backward, residual_backward = self._run(self.layers[2 * index + 1], hidden, residual)
-        return Stream(hidden_forward + hidden_backward, residual_forward + residual_backward, grid, order)
+            return carry._replace(hidden=hidden, residual=residual)
+        first, second = (self._run(self.layers[2 * index + half], hidden, residual) for half in (0, 1))
+        return carry._replace(hidden=first[0] + second[0], residual=first[1] + second[1])
 
     def finish(self, carry: Stream) -> Tensor:
         """Add hidden and residual up and normalise: tokens (B, S, D), class tokens included, each at its place."""
@@ -272,12 +273,12 @@ class VisionMamba(Backbone):
     def _summed(self, carry: Stream) -> Tensor:
         return add_residual(carry.residual, self.drop_path(carry.hidden))
 
-    def _may_carry_sums(self, hidden: Tensor) -> bool:
-        """Say whether all layers may pass on the sum of hidden and residual, since nothing would be different."""
-        if torch.is_grad_enabled() or self.rope is not None or hidden.dtype != torch.float32:
-            return False
-        layers_may = all(isinstance(layer, VimLayer) and layer.may_sum() for layer in self.layers)
-        return layers_may and fusible(self.drop_path, own=(DropPath,))
+    def _form_of_sums(self, x: Tensor) -> Compute | None:
+        """Return the layers' form that hands on sums, where nothing between the layers would see a difference."""
+        if self.rope is not None or self.layers_per_block > 1 or x.dtype != torch.float32:
+            return None
+        form = form_of_stack(self.layers)
+        return form if form is not None and is_plain(self.drop_path, True) else None
 
     def _reordered(self, x: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
         places = torch.arange(x.shape[1], device=x.device)

@@ -3,45 +3,14 @@
 Accuracies are those of the paper (arXiv 2401.09417), ImageNet-1K validation, top-1 in %.
 """
 
-import math
 from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
-from torch import Tensor, nn
+from torch import nn
 
-from linvision.models._backbone import Published, build, classifier_cfg
-from linvision.models._checkpoints import StateDict, unwrap
-from linvision.models.vim import ClassToken, Directions, VisionMamba, resize_positions
-
-
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateDict:
-    """Drop a classifier that the model has no place for; fit position tables of another grid."""
-    state_dict = dict(unwrap(state_dict, "checkpoint"))
-    own = model.state_dict()
-    if not any(key.startswith("head.") for key in own):
-        state_dict = {key: x for key, x in state_dict.items() if not key.startswith("head.")}
-    # Rotary tables are computed, not learned: each grid has its own.
-    state_dict |= {key: x for key, x in own.items() if key.startswith("rope.") and key in state_dict}
-    table = state_dict.get("pos_embed")
-    if isinstance(model, VisionMamba) and table is not None and "pos_embed" in own:
-        state_dict["pos_embed"] = _fitted_positions(table, own["pos_embed"], model)
-    return state_dict
-
-
-def _fitted_positions(table: Tensor, own: Tensor, model: VisionMamba) -> Tensor:
-    """Resize the table of a square grid to the model's; one that is no such table stays, to be refused by its shape."""
-    if table.ndim != 3 or table.shape[1] == own.shape[1] or table.shape[2] != own.shape[2]:
-        return table
-    num_patches = table.shape[1] - (own.shape[1] - model.grid[0] * model.grid[1])
-    side = math.isqrt(num_patches)
-    if side * side != num_patches:
-        return table
-    return resize_positions(table.float(), model.class_token, (side, side), model.grid)
-
-
-def to_release(state_dict: dict[str, Tensor]) -> dict[str, Any]:
-    """Wrap a state dict as in the released files, under "model"."""
-    return {"model": dict(state_dict)}
+from linvision.models.builder import Family, Published, build, classifier_cfg
+from linvision.models.vim.model import ClassToken, Directions, VisionMamba
+from linvision.models.vim.release import RELEASE
 
 
 def from_published_arguments(**arguments: Any) -> VisionMamba:
@@ -137,6 +106,7 @@ default_cfgs = generate_default_cfgs(
         "vim_small_patch16_stride8_224.in1k": _cfg("Vim-small-midclstok"),
         "vim_base_patch16_224.in1k": _cfg("Vim-base-midclstok"),
         "vim_mini_patch4_32": classifier_cfg(num_classes=10, input_size=(3, 32, 32)),
+        "test_vim": classifier_cfg(num_classes=10, input_size=(3, 32, 32)),
     }
 )
 
@@ -171,6 +141,8 @@ FUNCTION_ARGUMENTS = {
     for alias, name in ALIASES.items()
 }
 
+FAMILY = Family("Vim", RELEASE, default_cfgs, PUBLISHED, ALIASES)
+
 
 def _build(variant: str, pretrained: bool, overrides: dict[str, Any], **defaults: Any) -> nn.Module:
     depth = overrides.get("depth", defaults.get("depth", 24))
@@ -178,9 +150,9 @@ def _build(variant: str, pretrained: bool, overrides: dict[str, Any], **defaults
         VisionMamba,
         variant,
         pretrained,
+        family=FAMILY,
         defaults=defaults,
         overrides=overrides,
-        filter_fn=checkpoint_filter_fn,
         # A quarter, a half, three quarters and all of the depth.
         out_indices=tuple(sorted({max(depth * quarter // 4, 1) - 1 for quarter in (1, 2, 3, 4)})),
     )
@@ -221,3 +193,10 @@ def vim_mini_patch4_32(pretrained: bool = False, **overrides: Any) -> nn.Module:
     """Vim for small images such as digits: 32x32 pixels, patches of 4, four layers. No published weights."""
     own = {"img_size": 32, "patch_size": 4, "depth": 4}
     return _build("vim_mini_patch4_32", pretrained, overrides, dim=192, **own)
+
+
+@register_model
+def test_vim(pretrained: bool = False, **overrides: Any) -> nn.Module:
+    """Vim as small as it gets, for tests: four layers, 32 channels, patches of 8."""
+    own = {"img_size": 32, "patch_size": 8, "depth": 4}
+    return _build("test_vim", pretrained, overrides, dim=32, **own)

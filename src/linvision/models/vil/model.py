@@ -2,7 +2,7 @@
 
 Paper: arXiv 2406.04303. Two generations: ``VisionLSTM2`` (recommended; a block is a pair of layers, convolutions are
 2-d) and ``VisionLSTM`` (single layers, causal convolutions; kept for its checkpoints). Parameter keys are the published
-ones; the layers stand in ``_vil_layers.py``, the published models in ``vil_variants.py``.
+ones; the layers stand in ``layers``, the published models in ``variants``.
 
 Where this deviates from the published code: the mLSTM is chunkwise, so that time and memory are linear in the number
 of patches; a layer that runs from the bottom right scans in reverse and turns its convolution kernel by 180 degrees
@@ -17,17 +17,19 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from linvision.models._backbone import Backbone, drop_path_rates, pair, patch_grid, resize_grid
-from linvision.models._vil_layers import (
+from linvision.models.backbone import Backbone, drop_path_rates
+from linvision.models.patches import PatchEmbed, pair, patch_grid, resize_grid
+from linvision.models.vil import fused  # noqa: F401 - registers the forms of the layers
+from linvision.models.vil.layers import (
     BlockDiagonalLinear,
     CausalConv,
     GridConv,
-    PatchEmbed,
     PositionTable,
     ResidualLayerNorm,
     ViLBlock,
     ViLBlockPair,
     ViLLayer,
+    ViLLayer1,
 )
 
 Tokens = tuple[Tensor, tuple[int, int]]  # (B, S, D) and their grid (rows, columns)
@@ -48,9 +50,11 @@ class _ViL(Backbone):
         num_classes: int,
         global_pool: str | None,
         dim: int,
+        drop_rate: float,
         blocks: Sequence[nn.Module],
     ) -> None:
         super().__init__()
+        self.head_drop = nn.Dropout(drop_rate)
         self.patch_size, self.stride = pair(patch_size), pair(stride or patch_size)
         self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, dim
         self.global_pool = self._check_pooling(global_pool)
@@ -68,16 +72,14 @@ class _ViL(Backbone):
 
     def embed(self, image: Tensor) -> Tokens:
         """Turn images into position-marked patch tokens."""
-        grid = patch_grid((image.shape[2], image.shape[3]), self.patch_size, self.stride)
-        x = self.pos_embed(self.patch_embed.proj(image).permute(0, 2, 3, 1))
-        return x.flatten(1, 2), grid
+        grid = self.patch_embed.grid(image)
+        return self.pos_embed(self.patch_embed(image)).flatten(1, 2), grid
 
     def advance(self, carry: Tokens, index: int) -> Tokens:
         """Run block ``index``."""
-        x, grid = carry
-        block = self.blocks[index]
-        x = block(x, grid, self._run) if isinstance(block, ViLBlockPair) else self._run(block, x, grid)
-        return x, grid
+        (x, grid), block = carry, self.blocks[index]
+        run = self._run_row if isinstance(block, ViLBlockPair) else self._run
+        return run(block, x, grid), grid
 
     def feature_map(self, carry: Tokens, index: int, norm: bool) -> Tensor:
         """Lay tokens out as (B, D, rows, columns)."""
@@ -89,8 +91,7 @@ class _ViL(Backbone):
         y = super().forward(x)
         if self.global_pool != "to_image":
             return y
-        grid = patch_grid((x.shape[2], x.shape[3]), self.patch_size, self.stride)
-        return y.unflatten(1, grid).permute(0, 3, 1, 2)
+        return y.unflatten(1, self.patch_embed.grid(x)).permute(0, 3, 1, 2)
 
     def pool(self, x: Tensor) -> Tensor:
         """Pool tokens (B, S, D): first and last token side by side, or their mean, or all tokens as they are."""
@@ -201,6 +202,7 @@ class VisionLSTM2(_ViL):
         proj_bias: biases in the projections of a layer.
         norm_bias: biases in the norms.
         init_weights: "original", or "original-fixed" for output projections that shrink with the number of layers.
+        drop_rate: dropout before the classifier.
         drop_path_rate: probability of dropping a layer's residual branch for a sample in training.
         drop_path_decay: let that rate rise linearly from 0 instead of being the same everywhere.
 
@@ -209,6 +211,7 @@ class VisionLSTM2(_ViL):
     """
 
     poolings = ("bilateral_flatten", "bilateral_avg")
+    classifier_parts = ("legacy_norm",)
 
     def __init__(
         self,
@@ -227,6 +230,7 @@ class VisionLSTM2(_ViL):
         proj_bias: bool = True,
         norm_bias: bool = True,
         init_weights: Literal["original", "original-fixed"] = "original",
+        drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         drop_path_decay: bool = False,
     ) -> None:
@@ -240,7 +244,6 @@ class VisionLSTM2(_ViL):
             layer = ViLLayer(
                 dim,
                 conv=conv(2 * dim, conv_kernel_size, reverse=reverse),
-                conv_name="conv",
                 proj_bias=proj_bias,
                 norm_bias=norm_bias,
                 reverse=reverse,
@@ -256,11 +259,12 @@ class VisionLSTM2(_ViL):
             num_classes=num_classes,
             global_pool=global_pool,
             dim=dim,
+            drop_rate=drop_rate,
             blocks=[ViLBlockPair(block(rate, False), block(rate, True)) for rate in rates],
         )
         self.norm = ResidualLayerNorm(dim, bias=norm_bias, eps=1e-6)
-        pooled = self.global_pool in self.poolings
-        self.legacy_norm = nn.LayerNorm(self.head_hidden_size, eps=1e-5) if legacy_norm and pooled else nn.Identity()
+        self.has_legacy_norm = legacy_norm
+        self.legacy_norm = self._new_legacy_norm()
         self._build_head(rebuild_norm=False)
         self._initialise(proj_down_layers=2 * depth if init_weights == "original-fixed" else 1)
 
@@ -274,12 +278,17 @@ class VisionLSTM2(_ViL):
         if x.ndim == 3:
             return x
         x = self.legacy_norm(x)
-        return x if pre_logits else self.head(x)
+        return x if pre_logits else self.head(self.head_drop(x))
 
     def _build_head(self, *, rebuild_norm: bool) -> None:
         super()._build_head(rebuild_norm=rebuild_norm)
-        if rebuild_norm and isinstance(self.legacy_norm, nn.LayerNorm):
-            self.legacy_norm = nn.LayerNorm(self.head_hidden_size, eps=1e-5).to(self.pos_embed.embed)
+        if rebuild_norm:
+            self.legacy_norm = self._new_legacy_norm().to(self.pos_embed.embed)
+
+    def _new_legacy_norm(self) -> nn.Module:
+        """Make the norm of the pooled vector; without pooling there is none."""
+        pooled = self.global_pool in self.poolings
+        return nn.LayerNorm(self.head_hidden_size, eps=1e-5) if self.has_legacy_norm and pooled else nn.Identity()
 
 
 class VisionLSTM(_ViL):
@@ -302,14 +311,14 @@ class VisionLSTM(_ViL):
         dim: int = 192,
         depth: int = 24,
         legacy_norm: bool = False,
+        drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         drop_path_decay: bool = False,
     ) -> None:
         def block(drop_path: float, reverse: bool) -> ViLBlock:
-            layer = ViLLayer(
+            layer = ViLLayer1(
                 dim,
                 conv=CausalConv(2 * dim, 4, reverse=reverse),
-                conv_name="conv1d",
                 proj_bias=False,
                 norm_bias=False,
                 reverse=reverse,
@@ -325,6 +334,7 @@ class VisionLSTM(_ViL):
             num_classes=num_classes,
             global_pool=global_pool,
             dim=dim,
+            drop_rate=drop_rate,
             blocks=[block(rate, index % 2 == 1) for index, rate in enumerate(rates)],
         )
         self.legacy_norm = ResidualLayerNorm(dim, bias=False) if legacy_norm else nn.Identity()
@@ -344,4 +354,4 @@ class VisionLSTM(_ViL):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool tokens (B, S, D), normalise the pooled vector (or, without pooling, all tokens) and classify it."""
         x = self.norm(self.pool(x))
-        return x if pre_logits or x.ndim == 3 else self.head(x)
+        return x if pre_logits or x.ndim == 3 else self.head(self.head_drop(x))

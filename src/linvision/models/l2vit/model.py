@@ -3,7 +3,7 @@
 Paper: "The Linear Attention Resurrection in Vision Transformer". A stem and three downsampling layers lead to maps at
 strides 4, 8, 16 and 32; in each stage blocks of even index attend within windows (``LocalBlock``) and blocks of odd
 index over the whole image at linear cost (``GlobalBlock``). Parameter keys are the published ones; the layers stand in
-``_l2vit_layers.py``, the published models in ``l2vit_variants.py``.
+``layers``, the published models in ``variants``.
 
 Where this deviates from the published code: window attention is torch's fused one; the window size can change at run
 time; no constructor argument is without effect; activations need no layout copies, and gradients are right at batch
@@ -21,8 +21,9 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from linvision.models._backbone import Backbone, drop_path_rates, pair
-from linvision.models._l2vit_layers import (
+from linvision.models.backbone import Backbone, drop_path_rates
+from linvision.models.l2vit import fused  # noqa: F401 - registers the forms of the blocks
+from linvision.models.l2vit.layers import (
     Downsample,
     GlobalBlock,
     LinearAttention,
@@ -31,6 +32,7 @@ from linvision.models._l2vit_layers import (
     WindowAttention,
     as_image,
 )
+from linvision.models.patches import pair
 
 
 class L2ViT(Backbone):
@@ -44,6 +46,7 @@ class L2ViT(Backbone):
         in_chans: channels of the images.
         num_classes: classes; 0 for pooled features without a classifier.
         global_pool: "avg", the mean over tokens, or "" for all tokens, (B, H/32, W/32, C).
+        drop_rate: dropout before the classifier.
         drop_path_rate: probability of dropping a residual branch in training, for the last block; the others' rise
             linearly to it from 0.
         feature_norms: build the layer norms ``norm0``, ``norm1``, ... of dense tasks, one for the map of each stage.
@@ -54,6 +57,7 @@ class L2ViT(Backbone):
     """
 
     output_fmt = "NHWC"  # what forward_features returns, in timm's words
+    classifier_parts = ("norm",)
 
     def __init__(
         self,
@@ -65,6 +69,7 @@ class L2ViT(Backbone):
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str | None = "avg",
+        drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         feature_norms: bool = False,
     ) -> None:
@@ -84,6 +89,7 @@ class L2ViT(Backbone):
             self.stages.append(nn.Sequential(*blocks))
         self.window_size = window_size
         self.norm = nn.LayerNorm(dims[-1])
+        self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(dims[-1], num_classes) if num_classes > 0 else nn.Identity()
         if feature_norms:
             for s, dim in enumerate(dims):
@@ -135,9 +141,7 @@ class L2ViT(Backbone):
     def advance(self, carry: Tensor, index: int) -> Tensor:
         """Run stage ``index``, its downsampling first."""
         x = self.downsample_layers[index](carry) if index else carry
-        for block in self.stages[index].children():
-            x = self._run(block, x)
-        return x
+        return self._run_row(self.stages[index], x)
 
     def finish(self, carry: Tensor) -> Tensor:
         """Normalise the last map (B, H/32, W/32, C)."""
@@ -158,7 +162,7 @@ class L2ViT(Backbone):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Average the tokens of (B, H/32, W/32, C) and classify them."""
         x = x.mean((1, 2)) if self.global_pool else x
-        return x if pre_logits else self.head(x)
+        return x if pre_logits else self.head(self.head_drop(x))
 
     def truncate(self, num_blocks: int) -> None:
         """Keep the first ``num_blocks`` stages. The final norm belongs to the last one and goes with it."""

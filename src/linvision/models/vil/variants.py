@@ -1,100 +1,22 @@
-"""The published ViL models: registered names, checkpoint files and their key tables.
+"""The published ViL models: registered names, checkpoint files, published constructor arguments.
 
 Accuracies are those of the paper (arXiv 2406.04303) and its checkpoints, ImageNet-1K validation, top-1 in %.
 """
 
 import logging
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
-from torch import Tensor, nn
+from torch import nn
 
-from linvision.errors import CheckpointError
-from linvision.models._backbone import Published, build, classifier_cfg, resize_grid
-from linvision.models._checkpoints import StateDict, rename, unwrap
-from linvision.models.vil import VisionLSTM, VisionLSTM2
+from linvision.models.builder import Family, Published, build, classifier_cfg
+from linvision.models.vil.model import VisionLSTM, VisionLSTM2
+from linvision.models.vil.release import RELEASE
 
 DOWNLOADS = "https://ml.jku.at/research/vision_lstm/download/"
 
-# Release key (a regular expression) -> architecture key. In the second generation two layers make a block.
-RELEASE_KEYS_1 = {
-    r"xlstm\.blocks\.(\d+)\.xlstm\.": r"blocks.\1.layer.",
-    r"xlstm\.blocks\.(\d+)\.xlstm_norm\.": r"blocks.\1.norm.",
-    r"xlstm\.post_blocks_norm\.": "legacy_norm.",
-    r"head\.0\.": "norm.",
-    r"head\.1\.": "head.",
-}
-RELEASE_KEYS_2 = {
-    r"xlstm\.blocks\.(\d+)\.xlstm\.conv1d\.": r"blocks.\1.layer.conv.",
-    r"xlstm\.blocks\.(\d+)\.xlstm\.": r"blocks.\1.layer.",
-    r"xlstm\.blocks\.(\d+)\.xlstm_norm\.": r"blocks.\1.norm.",
-    r"xlstm\.post_blocks_norm\.": "norm.",
-    r"head\.0\.": "legacy_norm.",
-    r"head\.1\.": "head.",
-}
-PAIR = ("rowwise_from_top_left", "rowwise_from_bot_right")
-
 logger = logging.getLogger(__name__)
-
-
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateDict:
-    """Rename a release file's keys, drop what a model without classifier has no place for, resize the table."""
-    state_dict = unwrap(state_dict, "checkpoint")
-    second = isinstance(model, VisionLSTM2)
-    if any(key.startswith("xlstm.") for key in state_dict):
-        if second == any(".conv1d.conv." in key for key in state_dict):
-            own, other = ("second", "first") if second else ("first", "second")
-            raise CheckpointError(f"the file holds a {other}-generation ViL but the model is of the {own} generation")
-        state_dict = _paired(rename(state_dict, RELEASE_KEYS_2)) if second else rename(state_dict, RELEASE_KEYS_1)
-    own = model.state_dict()
-    if not any(key.startswith("head.") for key in own):
-        # The classifier's own parts; a token norm (first generation) is a part of the features and stays.
-        state_dict = {key: x for key, x in state_dict.items() if not key.startswith("head.")}
-        if second and "legacy_norm.weight" not in own:
-            state_dict = {key: x for key, x in state_dict.items() if not key.startswith("legacy_norm.")}
-    table = state_dict.get("pos_embed.embed")
-    if table is not None and table.ndim == 4 and table.shape[-1] == own["pos_embed.embed"].shape[-1]:
-        state_dict["pos_embed.embed"] = resize_grid(table.float(), own["pos_embed.embed"].shape[1:3])
-    return state_dict
-
-
-def to_release(state_dict: dict[str, Tensor]) -> dict[str, Any]:
-    """Turn architecture keys back into the layout of the released files, under "state_dict"."""
-    renamed = {}
-    for key, value in state_dict.items():
-        second = re.match(rf"blocks\.(\d+)\.({'|'.join(PAIR)})\.(.*)", key)
-        first = re.match(r"blocks\.(\d+)\.(.*)", key)
-        if second:
-            rest = re.sub(r"^layer\.conv\.", "layer.conv1d.", second[3])
-            new_key = _release_layer(2 * int(second[1]) + PAIR.index(second[2]), rest)
-        elif first:
-            new_key = _release_layer(int(first[1]), first[2])
-        else:
-            new_key = key
-        renamed[new_key] = value
-    paired = any(name in key for key in state_dict for name in PAIR)
-    post, head = ("norm.", "legacy_norm.") if paired else ("legacy_norm.", "norm.")
-    table = {post: "xlstm.post_blocks_norm.", head: "head.0.", "head.": "head.1."}
-    return {"state_dict": rename(renamed, {re.escape(old): new for old, new in table.items()})}
-
-
-def _release_layer(index: int, rest: str) -> str:
-    part = {"layer.": "xlstm.", "norm.": "xlstm_norm."}
-    return f"xlstm.blocks.{index}." + next(
-        new + rest.removeprefix(old) for old, new in part.items() if rest.startswith(old)
-    )
-
-
-def _paired(state_dict: StateDict) -> StateDict:
-    """Number layers as pairs: layer j of a flat list is half j % 2 of block j // 2."""
-
-    def number(match: re.Match) -> str:
-        pair, half = divmod(int(match[1]), 2)
-        return f"blocks.{pair}.{PAIR[half]}."
-
-    return {re.sub(r"^blocks\.(\d+)\.", number, key): value for key, value in state_dict.items()}
 
 
 def _cfg(file: str, **changes: Any) -> dict[str, Any]:
@@ -113,6 +35,8 @@ default_cfgs = generate_default_cfgs(
         "vil2_small_patch16_224.e400_in1k": _cfg("vil2_small16_e400_in1k.th"),
         "vil2_base_patch16_224.e400_in1k": _cfg("vil2_base16_e400_in1k.th"),
         "vil2_mini_patch4_32": classifier_cfg(num_classes=10, input_size=(3, 32, 32)),
+        "test_vil2": classifier_cfg(num_classes=10, input_size=(3, 32, 32)),
+        "test_vil": classifier_cfg(num_classes=10, input_size=(3, 32, 32)),
         "vil_tiny_patch16_224.e800_in1k": _cfg("vil_tiny16_e800_in1k.th"),
         "vil_tiny_patch16_224.e400_in1k": _cfg("vil_tiny16_e400_in1k.th"),
         "vil_tinyplus_patch16_224.e800_in1k": _cfg("vil_tinyplus16_e800_in1k.th"),
@@ -161,6 +85,8 @@ ALIASES = {
     "vil-base-stride8": "vil_base_patch16_stride8_224.e400_in1k",
 }
 
+FAMILY = Family("ViL", RELEASE, default_cfgs, PUBLISHED, ALIASES)
+
 
 def _build(
     model_class: type[VisionLSTM2 | VisionLSTM],
@@ -174,9 +100,9 @@ def _build(
         model_class,
         variant,
         pretrained,
+        family=FAMILY,
         defaults={"legacy_norm": True, **defaults},
         overrides=overrides,
-        filter_fn=checkpoint_filter_fn,
         # The layers that the paper's segmentation heads read: a third, a half, two thirds and all of the depth.
         out_indices=tuple(sorted({max(depth * part // 6, 1) - 1 for part in (2, 3, 4, 6)})),
     )
@@ -255,6 +181,20 @@ def vil_smallplus_patch16_stride8_224(pretrained: bool = False, **overrides: Any
 def vil_base_patch16_stride8_224(pretrained: bool = False, **overrides: Any) -> nn.Module:
     """ViL-B fine-tuned on 729 overlapping patches."""
     return _build(VisionLSTM, "vil_base_patch16_stride8_224", pretrained, overrides, dim=768, stride=8)
+
+
+@register_model
+def test_vil2(pretrained: bool = False, **overrides: Any) -> nn.Module:
+    """ViL of the second generation as small as it gets, for tests: two pairs of layers, 32 channels, patches of 8."""
+    own = {"img_size": 32, "patch_size": 8, "depth": 2}
+    return _build(VisionLSTM2, "test_vil2", pretrained, overrides, dim=32, **own)
+
+
+@register_model
+def test_vil(pretrained: bool = False, **overrides: Any) -> nn.Module:
+    """ViL of the first generation as small as it gets, for tests: four layers, 32 channels, overlapping patches."""
+    own = {"img_size": 32, "patch_size": 8, "stride": 4, "depth": 4}
+    return _build(VisionLSTM, "test_vil", pretrained, overrides, dim=32, **own)
 
 
 def vision_lstm2(**arguments: Any) -> VisionLSTM2:

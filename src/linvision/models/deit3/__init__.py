@@ -1,0 +1,1 @@
+"""DeiT-III (arXiv 2204.07118), the quadratic yardstick."""

@@ -1,0 +1,1 @@
+"""L2ViT ("The Linear Attention Resurrection in Vision Transformer")."""

@@ -1,0 +1,1 @@
+"""ViL (Vision-LSTM, arXiv 2406.04303)."""

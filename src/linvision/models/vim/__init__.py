@@ -1,0 +1,1 @@
+"""Vim (Vision Mamba, arXiv 2401.09417)."""
