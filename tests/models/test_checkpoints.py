@@ -12,8 +12,11 @@ import torch
 
 import linvision
 from linvision.errors import CheckpointError, DownloadError
-from linvision.models import load_checkpoint, load_state_dict
+from linvision.models import load_checkpoint, load_state_dict, own_keys, save_pretrained
 from linvision.models.checkpoints import fetch
+from linvision.models.registry import FAMILIES
+from tests.goldens import FOLDER
+from tests.models.sizes import TEST_SIZES
 
 MINI = "vil2_mini_patch4_32"
 
@@ -150,6 +153,53 @@ def test_features_only_takes_a_classifier_checkpoint(tmp_path):
     images = torch.randn(1, 3, 32, 32)
     expected = source.forward_intermediates(images, [0], intermediates_only=True)
     torch.testing.assert_close(features.eval()(images), expected)
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "edgenext_xx_small", "test_vit"])
+def test_feature_extractors_of_timm_take_every_weight(name, tmp_path):
+    source = linvision.create_model(name).eval()
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    torch.manual_seed(1)
+    features = linvision.create_model(name, checkpoint_path=tmp_path / "weights.pth", features_only=True)
+    known = {tuple(x.shape): [] for x in source.state_dict().values()}
+    for x in source.state_dict().values():
+        known[tuple(x.shape)].append(x)
+    assert all(any(torch.equal(x, y) for y in known[tuple(x.shape)]) for x in features.state_dict().values())
+    del (lacking := source.state_dict())[next(key for key in source.state_dict() if key.endswith("weight"))]
+    torch.save(lacking, tmp_path / "lacking.pth")
+    with pytest.raises(CheckpointError, match="1 keys are missing"):
+        linvision.create_model(name, checkpoint_path=tmp_path / "lacking.pth", features_only=True)
+
+
+@pytest.mark.parametrize("file", ["vil1_classifier", "vil2_classifier", "vim_classifier", "deit3_classifier"])
+def test_tables_of_keys_serve_both_ways(file):
+    path = next(FOLDER.glob(f"{file}_release.*"))
+    released = load_state_dict(path)
+    own = own_keys(released)
+    family = next(family for family in FAMILIES if file.startswith(family.label.lower().replace("-iii", "3")))
+    assert not family.release.is_released(own)
+    assert own_keys(own).keys() == own.keys()
+    back = family.release.released(own)[family.release.wrapper]
+    assert back.keys() == released.keys()
+    assert all(torch.equal(back[key].reshape(x.shape), x) for key, x in released.items())
+
+
+def test_shared_models_of_every_family_come_back(tmp_path):
+    for name in TEST_SIZES:
+        model = linvision.create_model(name, num_classes=5)
+        save_pretrained(model, tmp_path / name)
+        again = linvision.create_model(f"local-dir:{tmp_path / name}")
+        assert all(torch.equal(x, again.state_dict()[key]) for key, x in model.state_dict().items())
+        features = linvision.create_model(f"local-dir:{tmp_path / name}", features_only=True, out_indices=(0,))
+        assert len(features(torch.randn(1, 3, 32, 32))) == 1
+
+
+def test_own_weights_at_another_size(tmp_path):
+    for name in TEST_SIZES:
+        model = linvision.create_model(name)
+        torch.save(model.state_dict(), tmp_path / "weights.pth")
+        larger = linvision.create_model(name, checkpoint_path=tmp_path / "weights.pth", img_size=(64, 48))
+        assert larger(torch.randn(1, 3, 64, 48)).shape == (1, model.num_classes)
 
 
 def test_load_checkpoint_fills_a_model_of_timm(tmp_path):

@@ -6,6 +6,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import timm
 import torch
 from torch import Tensor
 
@@ -75,6 +76,7 @@ def test_downloaded_files(name, file, keys, tmp_path, monkeypatch):
     torch.save(released, tmp_path / "checkpoints" / file)
     for model in (
         linvision.create_model(name, pretrained=True),
+        timm.create_model(resolve_name(name), pretrained=True),
         linvision.create_model(resolve_name(name), checkpoint_path=tmp_path / "checkpoints" / file),
         torch.hub.load(str(REPOSITORY), name, source="local"),
     ):
@@ -112,6 +114,13 @@ def test_vim_from_the_hugging_face_hub(hub_cache):
     assert differing(linvision.create_model(VIM_TINY, pretrained=True, revision="pinned"), average) == []
     assert differing(linvision.create_model(VIM_TINY_STRIDE, pretrained=True), stride) == []
     assert differing(torch.hub.load(str(REPOSITORY), VIM_TINY, source="local", pretrained=True), weights) == []
+    # timm's own way takes the same path.
+    assert differing(timm.create_model("vim_tiny_patch16_224", pretrained=True), weights) == []
+    assert differing(timm.create_model("vim_tiny_patch16_stride8_224", pretrained=True), stride) == []
+    maps = timm.create_model("vim_tiny_patch16_224", pretrained=True, features_only=True)
+    assert torch.equal(maps.state_dict()["model.patch_embed.proj.weight"], weights["patch_embed.proj.weight"])
+    other = timm.create_model("vim_tiny_patch16_224", pretrained=True, num_classes=3, in_chans=1, img_size=160)
+    assert differing(other, weights) == ["pos_embed", "patch_embed.proj.weight", "head.weight", "head.bias"]
 
 
 @pytest.mark.parametrize("name", [VIM_TINY, "L2ViT_Tiny"])

@@ -174,9 +174,9 @@ def test_parameter_counts_are_the_published_ones():
         assert linvision.models.describe(name).parameters / 1e6 == pytest.approx(millions, abs=0.006)
 
 
-def test_vil2_tiny_compiles_and_exports():
+def test_vil2_compiles_and_exports():
     torch.manual_seed(0)
-    model = linvision.create_model("vil2_tiny_patch16_224").eval()
+    model = linvision.create_model("test_vil2").eval()
     torch.nn.init.normal_(model.head.weight)
     images = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
