@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help train test test-all check lint format clean
+.PHONY: help train test test-all tables check lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,6 +23,9 @@ test: $(VENV)/.installed ## run the tests (4 minutes at most on 2 cores)
 
 test-all: $(VENV)/.installed ## run all tests, the long ones too
 	$(BIN)/python -m pytest
+
+tables: $(VENV)/.installed ## count the models anew for linvision models (half a minute)
+	$(BIN)/python benchmarks/count_models.py
 
 lint: $(VENV)/.installed ## formatting, lint rules and types
 	$(BIN)/ruff format --check .

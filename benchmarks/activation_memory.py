@@ -25,7 +25,7 @@ from linvision.bench.measure import alternate, ratios, spread
 from linvision.bench.models import ModelContender, model_lineup
 from linvision.bench.probe import gpu_probe
 from linvision.bench.tables import Grid
-from linvision.tasks.options import Checkpointing
+from linvision.devices import Checkpointing
 
 SHOWN = 0.01  # share of the bytes from which a kind of storage has a row of its own
 

@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,3 +37,22 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.section("not run", "-")
         for line in lines:
             terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory) -> Path:
+    """Return an image folder of two classes."""
+    from tests.data.samples import write_folder
+
+    return write_folder(tmp_path_factory.mktemp("data") / "colours")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, colours) -> Path:
+    """Return the folder of a run of two epochs on it."""
+    from linvision.cli import main
+    from tests.tasks.runs import TINY
+
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    assert main(["train", "--data", str(colours), "--out", str(out), *TINY]) == 0
+    return out

@@ -12,14 +12,15 @@ import pytest
 import torch
 
 import linvision
-from linvision.bench import BenchOptions, bench, command, machine, models
+from linvision.bench import command, machine, models
 from linvision.bench.activations import count_activations
-from linvision.bench.command import measure_setting
+from linvision.bench.command import bench, measure_setting
 from linvision.bench.contenders import Lineup, Setting, TrafficCounter, count_flops
 from linvision.bench.measure import alternate, crossover, growth_exponent, is_out_of_memory, ratios, spread
 from linvision.bench.models import ModelContender, model_lineup, replaced, yardstick
 from linvision.bench.ops import OPS, OpContender, op_lineup
-from linvision.bench.options import make_plan
+from linvision.bench.options import BenchOptions
+from linvision.bench.plan import make_plan
 from linvision.bench.probe import CPUProbes, Probe, available_memory, interpret_end
 from linvision.bench.report import Ratio, Report, Row, as_csv, as_json, crossovers, growth
 from linvision.bench.tables import grids

@@ -9,8 +9,8 @@ import sys
 import time
 import urllib.error
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
-from pkgutil import resolve_name
 
 import huggingface_hub
 import pytest
@@ -20,9 +20,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 import linvision
 from linvision import create_model
-from linvision.cli import COMMANDS, build_parser, main
+from linvision.cli import main
+from linvision.commands import COMMANDS, models
+from linvision.commands.parser import build_parser
 from linvision.files import write_weights
-from linvision.tasks import listing
 from tests.data.samples import truncate, write_folder
 from tests.goldens import FOLDER as GOLDENS
 from tests.tasks.runs import TINY
@@ -64,17 +65,20 @@ def test_help_shows_an_example_and_explains_every_option(name, capfd):
     assert main([name, "--help"]) == 0
     text = capfd.readouterr().out
     assert f"example:\n  linvision {name}" in text
-    parser = build_parser(name, COMMANDS[name])
+    command = import_module(f"linvision.commands.{name}")
+    parser = build_parser(name, command)
     explained = {action.dest for action in parser._actions if action.help}
-    assert {field.name for field in fields(resolve_name(COMMANDS[name].options))} <= explained
+    assert {field.name for field in fields(command.Options)} <= explained
     assert "null" not in text
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_examples_are_accepted(name):
-    parser = build_parser(name, COMMANDS[name])
+    command = import_module(f"linvision.commands.{name}")
+    parser = build_parser(name, command)
     flags = {flag for action in parser._actions for flag in action.option_strings}
-    used = {word for word in COMMANDS[name].example.split() if word.startswith("--")}
+    lines = [line for line in command.EXAMPLE.splitlines() if f"linvision {name}" in line]
+    used = {word for line in lines for word in line.split() if word.startswith("--")}
     assert used <= flags
 
 
@@ -266,7 +270,7 @@ def test_published_weights_of_vim_without_a_network_and_of_l2vit(command, tmp_pa
     message = one_line(capfd)
     assert "https://huggingface.co/hustvl/Vim-tiny-midclstok" in message
     assert main([command, "--model", "L2ViT_Tiny", *more]) == 2
-    assert "no published weights; load a file of your own" in one_line(capfd)
+    assert "no published weights (no weights were ever published); load a file of your own" in one_line(capfd)
 
 
 def test_traceback_on_request(monkeypatch):
@@ -279,7 +283,7 @@ def test_ctrl_c_is_quiet(monkeypatch, capfd):
     def interrupted(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(listing, "models", interrupted)
+    monkeypatch.setattr(models, "run", interrupted)
     assert main(["models"]) == 130
     assert capfd.readouterr() == ("", "")
 
@@ -288,7 +292,7 @@ def test_faults_of_our_own_are_not_hidden(monkeypatch):
     def broken(options):
         raise TypeError("a fault of ours")
 
-    monkeypatch.setattr(listing, "models", broken)
+    monkeypatch.setattr(models, "run", broken)
     with pytest.raises(TypeError, match="a fault of ours"):
         main(["models"])
 

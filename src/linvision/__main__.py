@@ -1,5 +1,7 @@
-"""``python -m linvision``: the command line."""
+"""``python -m linvision`` is the command line."""
+
+import sys
 
 from linvision.cli import main
 
-raise SystemExit(main())
+sys.exit(main())

@@ -1,23 +1,25 @@
-"""Where commands compute, and in which precision."""
+"""Where commands compute and how: the words for it, and the choice of a device. torch is imported when it is made."""
 
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from linvision.errors import UsageError
 
+if TYPE_CHECKING:
+    import torch
+
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["32", "bf16", "16"]
+Checkpointing = Literal["none", "selective", "full"]
 
-AUTOCAST = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}
 
-
-def choose_device(device: Device, precision: Precision = "32") -> torch.device:
+def choose_device(device: Device, precision: Precision = "32") -> "torch.device":
     """Return the device to run on.
 
     Raises:
         UsageError: there is no GPU but one is asked for, or precision 16 is asked for without one.
     """
+    import torch
+
     gpu = torch.cuda.is_available()
     if device == "cuda" and not gpu:
         raise UsageError("--device cuda: torch sees no GPU here; use --device cpu")
@@ -25,3 +27,10 @@ def choose_device(device: Device, precision: Precision = "32") -> torch.device:
     if precision == "16" and chosen.type == "cpu":
         raise UsageError("--precision 16 needs a GPU: use 32 or bf16 on the CPU")
     return chosen
+
+
+def autocast_dtype(precision: Precision) -> "torch.dtype | None":
+    """Return the type that autocast is to choose, or None for none."""
+    import torch
+
+    return {"32": None, "bf16": torch.bfloat16, "16": torch.float16}[precision]

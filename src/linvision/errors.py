@@ -58,10 +58,10 @@ def exit_code(error: BaseException) -> int:
     return getattr(error, "exit_code", 2 if isinstance(error, ValueError) else 1)
 
 
-def nearest(name: str, names: Iterable[str], n: int = 3) -> list[str]:
-    """Return up to ``n`` of ``names`` that resemble ``name``, most similar first."""
+def nearest(name: str, names: Iterable[str], n: int = 3, *, cutoff: float = 0.5) -> list[str]:
+    """Return up to ``n`` of ``names`` that resemble ``name``, by a similarity of ``cutoff`` at least, best first."""
     by_lower = {known.lower(): known for known in names}
-    return [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=n, cutoff=0.5)]
+    return [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=n, cutoff=cutoff)]
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ import torchvision.datasets
 from linvision.data import Preprocess, arrays, open_data
 from linvision.data.arrays import read_idx
 from linvision.errors import RunError, UsageError
+from linvision.recipes import load_recipe
 
 HOW = Preprocess((32, 32), (0.3,) * 3, (0.4,) * 3, grey=True)
 
@@ -30,7 +31,7 @@ def test_digits_split_is_fixed_stratified_and_disjoint():
 
 
 def test_digits_are_not_mirrored():
-    assert not open_data("digits").augmentation.flip
+    assert load_recipe("digits").settings.flip == 0
 
 
 def test_mean_and_deviation_are_those_of_the_digits():
@@ -41,7 +42,7 @@ def test_mean_and_deviation_are_those_of_the_digits():
 
 
 def test_training_batches_are_full_shuffled_and_follow_the_epoch():
-    batches = open_data("digits").train_batches(HOW, batch_size=100, seed=3)
+    batches = open_data("digits").train_batches(HOW, load_recipe("digits").settings, batch_size=100, seed=3)
     assert (len(batches), batches.num_images) == (14, 1400)
 
     def labels(epoch: int) -> torch.Tensor:

@@ -33,7 +33,7 @@ def test_shifts_are_whole_pixels_within_the_limit():
 
 
 def test_flip_mirrors_about_half_of_the_images():
-    columns = changed(dot(3, 5), flip=True).flatten(1).argmax(dim=1) % 16
+    columns = changed(dot(3, 5), flip=0.5).flatten(1).argmax(dim=1) % 16
     assert set(columns.tolist()) == {3, 12}
     assert 16 < (columns == 12).sum() < 48
 
@@ -66,6 +66,6 @@ def test_border_is_black_or_reflected():
 
 def test_the_generator_decides():
     images = torch.rand(4, 1, 8, 8)
-    how = {"rotate": 10, "shift": 0.1, "scale": 0.1, "shear": 5, "flip": True, "erase": 0.5}
+    how = {"rotate": 10, "shift": 0.1, "scale": 0.1, "shear": 5, "flip": 0.5, "erase": 0.5}
     assert torch.equal(changed(images, 1, **how), changed(images, 1, **how))
     assert not torch.equal(changed(images, 1, **how), changed(images, 2, **how))

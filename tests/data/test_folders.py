@@ -7,6 +7,7 @@ import torch
 
 from linvision.data import Preprocess, open_data, open_test_data
 from linvision.errors import RunError, UsageError
+from linvision.recipes import load_recipe
 from tests.data.samples import truncate, write_folder, write_image
 
 HOW = Preprocess((16, 16), (0.5,) * 3, (0.5,) * 3)
@@ -27,7 +28,7 @@ def test_training_batches_repeat_with_seed_and_epoch(tmp_path, workers):
     data = open_data(str(write_folder(tmp_path)))
 
     def epoch(number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        batches = data.train_batches(HOW, batch_size=4, seed=1, workers=workers)
+        batches = data.train_batches(HOW, load_recipe("imagefolder").settings, batch_size=4, seed=1, workers=workers)
         batches.epoch = number
         torch.manual_seed(number)
         inputs, labels = zip(*batches, strict=True)
@@ -55,7 +56,7 @@ def test_unreadable_images_are_skipped_and_named_once(tmp_path, workers):
     data = open_data(str(write_folder(tmp_path)))
     truncate(tmp_path / "train/red/1.png")
     (tmp_path / "train/green/2.png").write_text("no image")
-    batches = data.train_batches(HOW, batch_size=6, seed=0, workers=workers)
+    batches = data.train_batches(HOW, load_recipe("imagefolder").settings, batch_size=6, seed=0, workers=workers)
     for _ in range(2):
         sizes = [(len(inputs), len(labels)) for inputs, labels in batches]
         assert sum(size for size, _ in sizes) == 10
@@ -111,7 +112,7 @@ def test_folders_to_measure_on_need_no_training_images(tmp_path):
     flat = open_test_data(str(tmp_path / "flat"))
     assert (flat.classes, len(flat.test)) == (("cat", "dog"), 2)
     with pytest.raises(UsageError, match="no train/ folder"):
-        flat.train_batches(HOW, batch_size=1, seed=0)
+        flat.train_batches(HOW, load_recipe("imagefolder").settings, batch_size=1, seed=0)
     split = open_test_data(str(write_folder(tmp_path / "split")))
     assert split.classes == ("green", "red")
     assert len(split.test) == 6

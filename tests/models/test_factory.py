@@ -6,7 +6,9 @@ import timm
 import linvision
 from linvision.errors import UnknownNameError, UnknownOptionError, nearest
 from linvision.models import describe, list_models, resolve_name
+from linvision.models.counts import _table, count, counts
 from linvision.models.registry import FAMILIES
+from tests.models.sizes import LISTED
 
 
 def test_every_alias_leads_to_a_registered_name():
@@ -67,3 +69,15 @@ def test_description():
 
 def test_nearest_is_ordered_by_similarity_and_ignores_case():
     assert nearest("DIGIT", ["digits", "cifar10", "mnist"]) == ["digits"]
+
+
+def test_the_table_of_counts_is_that_of_the_models():
+    assert set(_table()) == set(LISTED)
+    for name in ("vil2_mini_patch4_32", "vim_mini_patch4_32"):
+        assert counts(name) == count(name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_whole_table_of_counts_is_that_of_the_models():
+    assert {name: counts(name) for name in LISTED} == {name: count(name) for name in LISTED}

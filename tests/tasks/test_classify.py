@@ -9,9 +9,12 @@ from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from linvision import create_model
+from linvision.commands.train import Options
 from linvision.errors import UsageError
-from linvision.tasks.classify import Classifier, cosine_with_warmup
-from linvision.tasks.options import RECIPES, Recipe, TrainOptions
+from linvision.recipes import load_recipe
+from linvision.tasks.classifier import Classifier
+from linvision.training.module import check_optimizer, cosine_with_warmup
+from linvision.training.settings import Settings
 
 MINI = "vil2_mini_patch4_32"
 
@@ -19,7 +22,7 @@ MINI = "vil2_mini_patch4_32"
 def classifier(model: nn.Module | None = None, **recipe) -> Classifier:
     model = model or create_model(MINI, num_classes=4, img_size=8)
     settings = {"img_size": 8, "epochs": 4, "batch_size": 4, "lr": 1e-2, "warmup_epochs": 1.0, **recipe}
-    module = Classifier(model, Recipe(MINI, **settings), num_classes=4, steps_per_epoch=5)
+    module = Classifier(model, Settings(model=MINI, **settings), num_classes=4, steps_per_epoch=5)
     module.log = lambda name, value, **options: None
     return module
 
@@ -80,6 +83,23 @@ def test_loss_is_smoothed_cross_entropy():
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("mixup", [0.0, 0.5])
+def test_binary_cross_entropy_decides_class_by_class(mixup):
+    module = classifier(nn.Flatten(), label_smoothing=0.4, loss="bce", mixup=mixup)
+    logits, labels = torch.tensor([[1.0, 2.0, -1.0, 0.5]]).repeat(2, 1), torch.tensor([1, 1])
+    loss = module.training_step((logits[:, :, None, None].expand(-1, -1, 1, 1), labels), 0)
+    targets = torch.tensor([[0.1, 0.7, 0.1, 0.1]]).expand(2, -1)
+    expected = nn.functional.binary_cross_entropy_with_logits(logits, targets)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_optimisers_are_timms_by_name():
+    assert type(classifier(opt="lamb").configure_optimizers()["optimizer"]).__name__ == "Lamb"
+    check_optimizer("lamb")
+    with pytest.raises(UsageError, match=r"--opt adamv: timm has no such optimiser; did you mean adam"):
+        check_optimizer("adamv")
+
+
 def test_mixup_blends_inputs_and_targets_and_takes_odd_batches():
     module = classifier(nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 4)), mixup=0.8, cutmix=1.0)
     pl.seed_everything(0, verbose=False)
@@ -97,10 +117,12 @@ def test_an_empty_batch_is_passed_over(mixup):
 
 
 def test_recipes_name_every_data_set_and_options_override_them():
-    assert TrainOptions(data="digits").recipe() == RECIPES["digits"]
-    recipe = TrainOptions(data="digits", lr=0.5, mixup=0.0, batch_size=7).recipe()
-    assert (recipe.lr, recipe.batch_size, recipe.epochs) == (0.5, 7, RECIPES["digits"].epochs)
-    assert TrainOptions(data="elsewhere").recipe().model == "vil2_tiny_patch16_224"
+    digits = load_recipe("digits").settings
+    assert Options(data="digits").settings() == digits
+    settings = Options(data="digits", lr=0.5, mixup=0.0, batch_size=7).settings()
+    assert (settings.lr, settings.batch_size, settings.epochs) == (0.5, 7, digits.epochs)
+    assert Options(data="elsewhere").settings().model == "vil2_tiny_patch16_224"
+    assert Options(recipe="mnist").resolved().data == "mnist"
 
 
 @pytest.mark.parametrize(
@@ -121,4 +143,4 @@ def test_recipes_name_every_data_set_and_options_override_them():
 )
 def test_values_out_of_range(values, message):
     with pytest.raises(UsageError, match=message):
-        TrainOptions(**values).recipe()
+        Options(**values).resolved().settings()

@@ -13,15 +13,15 @@ from linvision.cli import main
 from linvision.data import Preprocess, open_test_data
 from linvision.errors import UsageError
 from linvision.files import write_weights
-from linvision.tasks.evaluate import match_labels, measure
-from linvision.tasks.loading import Opened
+from linvision.tasks.classify import classify, match_labels
+from linvision.training.opened import Opened
 from tests.data.samples import truncate, write_folder, write_image
 
 CPU = torch.device("cpu")
 
 
 def opened(labels: tuple[str, ...], data: str = "") -> Opened:
-    return Opened(nn.Identity(), "model", Preprocess((8, 8), (0.5,) * 3, (0.5,) * 3), labels, labels, data)
+    return Opened(nn.Identity(), "model", "classify", Preprocess((8, 8), (0.5,) * 3, (0.5,) * 3), labels, labels, data)
 
 
 def test_figures_are_those_of_the_definitions(colours):
@@ -29,15 +29,15 @@ def test_figures_are_those_of_the_definitions(colours):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 9)).eval()
     data = open_test_data(str(colours))
-    measured = measure(model, data.test_batches(how, batch_size=4), device=CPU)
+    measured = classify(model, data.test_batches(how, batch_size=4), device=CPU)
     batches = list(data.test_batches(how, batch_size=64))
     with torch.inference_mode():
         logits, labels = model(batches[0][0]), batches[0][1]
     assert torch.equal(measured.predictions, logits.argmax(dim=1))
-    assert measured.top1 == pytest.approx((logits.argmax(dim=1) == labels).float().mean().item())
+    assert measured.figures["top1"] == pytest.approx((logits.argmax(dim=1) == labels).float().mean().item())
     ranks = (logits > logits.gather(1, labels[:, None])).sum(dim=1)
-    assert measured.top5 == pytest.approx((ranks < 5).float().mean().item())
-    assert measured.loss == pytest.approx(cross_entropy(logits, labels).item(), rel=1e-5)
+    assert measured.figures["top5"] == pytest.approx((ranks < 5).float().mean().item())
+    assert measured.figures["loss"] == pytest.approx(cross_entropy(logits, labels).item(), rel=1e-5)
     confusion = measured.confusion(9)
     assert confusion.sum(dim=1).tolist() == [3, 3, 0, 0, 0, 0, 0, 0, 0]
     assert confusion.diagonal().sum() == (measured.predictions == labels).sum()

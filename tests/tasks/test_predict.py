@@ -7,8 +7,8 @@ import torch
 
 from linvision import create_model
 from linvision.cli import main
+from linvision.commands.predict import expand
 from linvision.files import write_weights
-from linvision.tasks.predict import expand
 from tests.data.samples import truncate, write_image
 
 

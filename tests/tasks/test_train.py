@@ -12,14 +12,13 @@ from PIL import Image
 
 from linvision import files
 from linvision.cli import main
+from linvision.commands.train import Options, resumed_options
 from linvision.data import DATASETS
 from linvision.data.arrays import digits
-from linvision.tasks import callbacks
-from linvision.tasks.classify import Classifier
-from linvision.tasks.options import TrainOptions
+from linvision.tasks.classifier import Classifier
 from linvision.tasks.pictures import choose_examples
-from linvision.tasks.run_folder import FILES, RunFolder
-from linvision.tasks.train import resumed_options
+from linvision.training import checkpoints, progress
+from linvision.training.run_folder import FILES, RunFolder
 from tests.data.samples import truncate, write_folder
 from tests.tasks.runs import TINY, metrics, same_weights, weights
 
@@ -28,7 +27,12 @@ RANDOM = ("--mixup", "0.5", "--cutmix", "0.5", "--drop-path", "0.3", "--ema", "0
 
 
 def test_run_folder_is_complete(finished):
-    assert {path.name for path in finished.iterdir()} == {*FILES, "tensorboard"}
+    assert {path.name for path in finished.iterdir()} == {
+        *FILES,
+        "predictions.png",
+        "confusion_matrix.png",
+        "tensorboard",
+    }
     assert [path for path in (finished / "tensorboard").iterdir() if "events" in path.name]
     for name in ("curves", "predictions", "confusion_matrix"):
         with Image.open(finished / f"{name}.png") as image:
@@ -68,7 +72,7 @@ def test_checkpointing_changes_no_result(finished, colours, tmp_path):
     assert main(["train", "--data", str(colours), "--out", str(out), *TINY, "--checkpointing", "selective"]) == 0
     assert same_weights(finished, out)
     for given, expected in (({}, "selective"), ({"checkpointing": "full"}, "full")):  # on a smaller machine, say
-        resumed = resumed_options(TrainOptions(resume=str(out), **given), RunFolder(out))
+        resumed = resumed_options(Options(resume=str(out), **given), RunFolder(out).load_config(), str(out))
         assert resumed.checkpointing == expected
 
 
@@ -151,7 +155,7 @@ def test_resuming_a_finished_run_only_writes_its_results(finished, tmp_path, col
 
 def test_a_full_disk_loses_nothing(finished, colours, tmp_path, monkeypatch, capfd):
     out = tmp_path / "run"
-    write = callbacks.TorchCheckpointIO.save_checkpoint
+    write = checkpoints.TorchCheckpointIO.save_checkpoint
 
     def full(self, checkpoint, path, storage_options=None):
         if checkpoint["epoch"] == 1:
@@ -159,7 +163,7 @@ def test_a_full_disk_loses_nothing(finished, colours, tmp_path, monkeypatch, cap
             raise OSError(28, "No space left on device")
         write(self, checkpoint, path, storage_options)
 
-    monkeypatch.setattr(callbacks.TorchCheckpointIO, "save_checkpoint", full)
+    monkeypatch.setattr(checkpoints.TorchCheckpointIO, "save_checkpoint", full)
     assert main(["train", "--data", str(colours), "--out", str(out), *TINY]) == 1
     assert "No space left on device" in capfd.readouterr().err
     assert not [path for path in out.iterdir() if path.suffix == ".tmp"]
@@ -237,7 +241,7 @@ def test_a_line_an_epoch_without_a_terminal(colours, tmp_path, capfd):
 def test_a_live_bar_on_a_terminal(colours, tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setattr(callbacks, "SECONDS_BETWEEN_UPDATES", (0.0, 0.0))
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_UPDATES", (0.0, 0.0))
     assert main(["train", "--data", str(colours), "--out", str(tmp_path / "run"), *TINY]) == 0
     captured = capfd.readouterr().err
     for part in ("epoch 1/2", "accuracy", "images/s", "left", "\x1b["):

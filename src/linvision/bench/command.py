@@ -14,8 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from linvision.bench.contenders import Contender, Lineup, Setting, Step, count_flops
 from linvision.bench.machine import describe_machine, measure_peaks, synchronize
 from linvision.bench.measure import alternate, ratios, spread
-from linvision.bench.options import BenchOptions, Plan, make_plan
+from linvision.bench.options import BenchOptions
 from linvision.bench.picture import draw
+from linvision.bench.plan import Plan, make_plan
 from linvision.bench.probe import CPUProbes, Probe, available_memory, gpu_probe
 from linvision.bench.report import Ratio, Report, Row, as_csv, as_json
 from linvision.bench.tables import grids

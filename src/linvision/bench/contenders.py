@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from linvision.devices import Checkpointing
 from linvision.errors import UsageError
-from linvision.tasks.options import Checkpointing
 
 Step = Callable[[], None]
 

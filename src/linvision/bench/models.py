@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from linvision.bench.contenders import Lineup, Setting, Step
-from linvision.models import create_model, resolve_name
+from linvision.models import create_model, resolve_name, set_checkpointing, size_overrides
 from linvision.models.deit3.layers import RecomputingBlock, set_selective_checkpointing
 from linvision.ops import (
     mlstm,
@@ -23,7 +23,6 @@ from linvision.ops import (
     selective_scan_sequential,
     use_backend,
 )
-from linvision.tasks.loading import set_checkpointing, size_overrides
 
 DEIT = {192: "deit_tiny_patch16_224", 384: "deit_small_patch16_224", 768: "deit_base_patch16_224"}
 BY_WORD = {"tiny": 192, "small": 384, "base": 768}

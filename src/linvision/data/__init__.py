@@ -1,10 +1,10 @@
 """Data sets by name or path, their pre-processing, and batches of them."""
 
 from linvision.data.arrays import ArrayData
-from linvision.data.augment import Augment, augment
+from linvision.data.augment import Augment, Changes, augment
 from linvision.data.batches import Batches
 from linvision.data.catalog import DATASETS, open_data, open_test_data
-from linvision.data.folders import FolderAugment, FolderData
+from linvision.data.folders import FolderData
 from linvision.data.images import Preprocess, find_images, open_image
 
 __all__ = [
@@ -12,7 +12,7 @@ __all__ = [
     "ArrayData",
     "Augment",
     "Batches",
-    "FolderAugment",
+    "Changes",
     "FolderData",
     "Preprocess",
     "augment",

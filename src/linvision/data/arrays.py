@@ -6,7 +6,7 @@ installed; it and the others are otherwise downloaded by torchvision into the da
 
 import gzip
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from linvision.data.augment import Augment
+from linvision.data.augment import Augment, Changes
 from linvision.data.batches import ArrayBatches
 from linvision.data.images import Preprocess
 from linvision.errors import RunError
@@ -38,7 +38,6 @@ class ArrayData:
         test: images and labels to measure on.
         mean: of the training images' channels, in units of [0, 1].
         std: of the training images' channels, in units of [0, 1].
-        augmentation: random changes that keep a label true.
     """
 
     name: str
@@ -47,18 +46,21 @@ class ArrayData:
     test: tuple[Tensor, Tensor]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    augmentation: Augment
 
     @property
     def grey(self) -> bool:
         """Whether the images have one channel."""
         return self.train[0].shape[1] == 1
 
-    def train_batches(self, preprocess: Preprocess, *, batch_size: int, seed: int, workers: int = 0) -> ArrayBatches:
-        """Return shuffled and augmented batches; ``workers`` has no part in it, the images being in memory."""
+    def train_batches(
+        self, preprocess: Preprocess, changes: Changes, *, batch_size: int, seed: int, workers: int = 0
+    ) -> ArrayBatches:
+        """Return shuffled and changed batches; ``workers`` has no part in it, the images being in memory."""
         del workers
+        names = (field.name for field in fields(Augment))
+        augmentation = Augment(**{name: getattr(changes, name) for name in names})
         return ArrayBatches(
-            *self.train, preprocess=preprocess, batch_size=batch_size, augmentation=self.augmentation, seed=seed
+            *self.train, preprocess=preprocess, batch_size=batch_size, augmentation=augmentation, seed=seed
         )
 
     def test_batches(self, preprocess: Preprocess, *, batch_size: int, workers: int = 0) -> ArrayBatches:
@@ -81,7 +83,6 @@ def digits(root: Path) -> ArrayData:
         test=(images[test], labels[test]),
         mean=(0.306,) * 3,
         std=(0.368,) * 3,
-        augmentation=Augment(rotate=15, shift=0.1, scale=0.15, shear=10),
     )
 
 
@@ -93,7 +94,6 @@ def mnist(root: Path) -> ArrayData:
         **_torchvision_splits(torchvision.datasets.MNIST, root),
         mean=(0.1307,) * 3,
         std=(0.3081,) * 3,
-        augmentation=Augment(rotate=10, shift=0.08, scale=0.1, shear=8),
     )
 
 
@@ -109,7 +109,6 @@ def fashion_mnist(root: Path) -> ArrayData:
         **splits,
         mean=(0.2860,) * 3,
         std=(0.3530,) * 3,
-        augmentation=Augment(shift=0.08, scale=0.1, flip=True),
     )
 
 
@@ -121,7 +120,6 @@ def cifar10(root: Path) -> ArrayData:
         **_torchvision_splits(torchvision.datasets.CIFAR10, root),
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2470, 0.2435, 0.2616),
-        augmentation=Augment(shift=0.125, flip=True, erase=0.25, border="reflection"),
     )
 
 
@@ -134,7 +132,6 @@ def cifar100(root: Path) -> ArrayData:
         **splits,
         mean=(0.5071, 0.4865, 0.4409),
         std=(0.2673, 0.2564, 0.2762),
-        augmentation=Augment(shift=0.125, flip=True, erase=0.25, border="reflection"),
     )
 
 

@@ -2,11 +2,26 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
+
+
+class Changes(Protocol):
+    """Random changes of training images, as a run's settings name them; data of each kind takes those that suit it."""
+
+    @property
+    def flip(self) -> float: ...  # noqa: D102
+    @property
+    def erase(self) -> float: ...  # noqa: D102
+    @property
+    def crop_scale(self) -> float: ...  # noqa: D102
+    @property
+    def auto_augment(self) -> str: ...  # noqa: D102
+    @property
+    def color_jitter(self) -> float: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -18,7 +33,7 @@ class Augment:
         shift: largest shift along each axis, as a fraction of the side; in whole pixels.
         scale: largest relative change of size, 0.1 for sizes from 0.9 to 1.1; drawn for each axis of its own.
         shear: largest horizontal shear, in degrees.
-        flip: whether half of the images are mirrored left to right.
+        flip: probability of mirroring left to right.
         erase: probability that a rectangle of the image is overwritten with noise.
         border: what comes into view at the edges: "zeros" (black) or "reflection".
     """
@@ -27,7 +42,7 @@ class Augment:
     shift: float = 0.0
     scale: float = 0.0
     shear: float = 0.0
-    flip: bool = False
+    flip: float = 0.0
     erase: float = 0.0
     border: Literal["zeros", "reflection"] = "zeros"
 
@@ -56,7 +71,7 @@ def _affine_maps(images: Tensor, how: Augment, generator: torch.Generator) -> Te
     stretch = torch.diag_embed(1 / (1 + draw(how.scale, 2)))
     stretch[:, 0, 1] = shear
     if how.flip:
-        stretch[:, :, 0] *= (torch.rand(batch, 1, generator=generator) < 0.5) * -2.0 + 1.0
+        stretch[:, :, 0] *= (torch.rand(batch, 1, generator=generator) < how.flip) * -2.0 + 1.0
     sides = torch.tensor([width, height], dtype=images.dtype)
     pixels = (draw(how.shift, 2) * sides).round()
     return torch.cat([rotation @ stretch, (pixels * 2 / sides)[..., None]], dim=-1)

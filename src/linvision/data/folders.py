@@ -13,30 +13,12 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from linvision.data.augment import Changes
 from linvision.data.batches import Batches, epoch_seed
 from linvision.data.images import Preprocess, find_images, open_image
 from linvision.errors import RunError, UnreadableImageError, UsageError
 
 Labelled = tuple[tuple[Path, int], ...]
-
-
-@dataclass(frozen=True)
-class FolderAugment:
-    """Random changes to photographs, in timm's terms.
-
-    Attributes:
-        crop_scale: smallest share of the image's area that a random crop keeps.
-        flip: probability of mirroring left to right.
-        auto_augment: timm's policy string; "3a" is DeiT-III's 3-Augment (arXiv 2204.07118).
-        color_jitter: strength of the changes of brightness, contrast and saturation.
-        erase: probability that a random rectangle is overwritten with noise.
-    """
-
-    crop_scale: float = 0.25
-    flip: float = 0.5
-    auto_augment: str | None = "3a"
-    color_jitter: float = 0.3
-    erase: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -47,22 +29,22 @@ class FolderData:
     classes: tuple[str, ...]
     train: Labelled
     test: Labelled
-    augmentation: FolderAugment = FolderAugment()
     grey: bool = False
 
-    def train_batches(self, preprocess: Preprocess, *, batch_size: int, seed: int, workers: int = 0) -> Batches:
+    def train_batches(
+        self, preprocess: Preprocess, changes: Changes, *, batch_size: int, seed: int, workers: int = 0
+    ) -> Batches:
         """Return shuffled and augmented batches, decoded by ``workers`` processes (0: in this one)."""
         if not self.train:
             raise UsageError(f"{self.name} has no train/ folder to learn from")
-        how = self.augmentation
         transform = create_transform(
             (3, *preprocess.size),
             is_training=True,
-            scale=(how.crop_scale, 1.0),
-            hflip=how.flip,
-            auto_augment=how.auto_augment,
-            color_jitter=how.color_jitter,
-            re_prob=how.erase,
+            scale=(changes.crop_scale, 1.0),
+            hflip=changes.flip,
+            auto_augment=changes.auto_augment or None,
+            color_jitter=changes.color_jitter,
+            re_prob=changes.erase,
             re_mode="pixel",
             interpolation=preprocess.interpolation,
             mean=preprocess.mean,

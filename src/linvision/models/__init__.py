@@ -5,6 +5,7 @@ from linvision.models.deit3.model import DeiT3
 from linvision.models.forms import use_forms
 from linvision.models.hub import push_to_hub, save_pretrained
 from linvision.models.l2vit.model import L2ViT
+from linvision.models.recompute import set_checkpointing
 from linvision.models.registry import (
     ModelDescription,
     create_model,
@@ -13,6 +14,7 @@ from linvision.models.registry import (
     load_checkpoint,
     own_keys,
     resolve_name,
+    size_overrides,
     to_release,
 )
 from linvision.models.vil.model import VisionLSTM, VisionLSTM2
@@ -34,6 +36,8 @@ __all__ = [
     "push_to_hub",
     "resolve_name",
     "save_pretrained",
+    "set_checkpointing",
+    "size_overrides",
     "to_release",
     "use_forms",
 ]

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     SelectiveCheckpointContext,
@@ -19,6 +20,8 @@ from torch.utils.checkpoint import (
 )
 
 import linvision.ops  # noqa: F401 - registers the ops that are named below
+from linvision.devices import Checkpointing
+from linvision.errors import UsageError
 
 MIN_INNER = 64  # products of a smaller inner dimension cost no more than moving their result
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
@@ -84,3 +87,18 @@ class _Together(ExitStack):
         for make in self.makers:
             self.enter_context(make())
         return self
+
+
+def set_checkpointing(model: nn.Module, checkpointing: Checkpointing) -> None:
+    """Let a model recompute activations in the backward pass of its training.
+
+    Raises:
+        UsageError: the model does not have this kind; "selective" is for the package's own.
+    """
+    if checkpointing == "none":
+        return
+    enable: Any = getattr(model, "set_grad_checkpointing", None)
+    try:
+        enable(**({"selective": True} if checkpointing == "selective" else {}))
+    except (TypeError, AssertionError) as error:  # timm's way to say so
+        raise UsageError(f"--checkpointing {checkpointing}: {type(model).__name__} does not have it") from error

@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from timm.models import PretrainedCfg, get_pretrained_cfg, is_model, split_model_name_tag
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from linvision.errors import DownloadError, UnknownNameError, did_you_mean
 from linvision.models.builder import Family, Published, Weights
 from linvision.models.checkpoints import StateDict, load_state_dict, load_weights
+from linvision.models.counts import counts
 from linvision.models.deit3 import variants as deit3
 from linvision.models.l2vit import variants as l2vit
 from linvision.models.vil import variants as vil
@@ -131,6 +130,13 @@ def own_keys(state_dict: StateDict) -> StateDict:
     return state_dict
 
 
+def size_overrides(name: str, img_size: int | None) -> dict[str, Any]:
+    """Return the ``img_size`` argument for a model that is built for one size; convolutional networks take any."""
+    cfg = get_pretrained_cfg(name)
+    sized = _family(name) is not None or (cfg is not None and cfg.fixed_input_size)
+    return {"img_size": img_size} if sized and img_size is not None else {}
+
+
 def to_release(name: str, state_dict: StateDict) -> dict[str, Any]:
     """Turn the state dict of model ``name`` into the layout of its family's released files."""
     family = _family(resolve_name(name))
@@ -154,22 +160,18 @@ class ModelDescription:
 
 
 def describe(name: str) -> ModelDescription:
-    """Describe a model; parameters and multiply-adds are counted on a model without memory."""
+    """Describe a model; parameters and multiply-adds are those of the table in ``counts``, or counted anew."""
     name = resolve_name(name)
     cfg = _pretrained_cfg(name)
     family = _family(name)
-    channels, height, width = cfg.input_size
-    with torch.device("meta"), torch.inference_mode():
-        model = timm.create_model(name).eval()
-        with FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, channels, height, width))
+    parameters, macs = counts(name)
     published = _published(name)
     return ModelDescription(
         name=name,
         family=family.label if family else "timm",
-        parameters=sum(p.numel() for p in model.parameters()),
-        macs=counter.get_total_flops() // 2,
-        input_size=(channels, height, width),
+        parameters=parameters,
+        macs=macs,
+        input_size=cfg.input_size,
         top1=published.top1 if published else None,
         source=str(cfg.url or cfg.hf_hub_id or ""),
         note=published.note if published else "",

@@ -1,126 +1,201 @@
-"""Classification: loss, metrics, optimiser and schedule as a Lightning module."""
+"""Classification: what it records, how it is measured, and what it draws."""
 
-import math
-from typing import Any
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
 
-import pytorch_lightning as pl
 import torch
-from timm.data import Mixup
-from timm.optim import create_optimizer_v2
-from timm.utils import ModelEmaV3
+from rich.markup import escape
+from rich.table import Table
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torchmetrics.classification import MulticlassAccuracy
 
-from linvision.tasks.options import Recipe
+from linvision.console import with_bar
+from linvision.data import Batches
+from linvision.devices import Precision, autocast_dtype
+from linvision.errors import UsageError
+from linvision.tasks.classifier import Classifier
+from linvision.tasks.pictures import choose_examples, draw_confusion, draw_predictions
+from linvision.training.opened import Opened
+from linvision.training.settings import Settings
+from linvision.training.task import Curve, Data, Measured, Task, take
 
-END_LR = 1e-6
+
+@dataclass(frozen=True)
+class Classified(Measured):
+    """The outcome of a pass over test images, in their order: figures "top1", "top5" and "loss"."""
+
+    predictions: Tensor
+    labels: Tensor
+
+    def confusion(self, num_classes: int) -> Tensor:
+        """Count images by label (rows) and prediction (columns)."""
+        cells = self.labels * num_classes + self.predictions
+        return torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
 
 
-class Classifier(pl.LightningModule):
-    """Trains ``model`` on batches of (inputs, labels) by cross entropy.
+class Classification(Task):
+    """Which of several classes an image shows."""
 
-    Logged for each epoch: train_loss, train_top1, test_loss, test_top1, test_top5 (accuracies as fractions; those of
-    training are on the augmented images, mixed ones counted for the larger part).
+    name = "classify"
+    columns = ("train_loss", "train_top1", "test_loss", "test_top1", "test_top5")
+    best, highest = "test_top1", True
+    curves = (Curve("loss", "loss"), Curve("top1", "top-1 accuracy, %", 100))
+    pictures = ("predictions.png", "confusion_matrix.png")
 
-    Args:
-        model: (B, 3, H, W) inputs to (B, num_classes) logits.
-        recipe: how to train it.
-        num_classes: number of labels.
-        steps_per_epoch: batches in one epoch.
-    """
+    def outputs(self, data: Data) -> tuple[str, ...]:
+        """Name the classes."""
+        return data.classes
 
-    def __init__(self, model: nn.Module, recipe: Recipe, *, num_classes: int, steps_per_epoch: int):
-        super().__init__()
-        self.model = model
-        self.recipe = recipe
-        self.steps_per_epoch = steps_per_epoch
-        self.ema = ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
-        self.mixup = None
-        if recipe.mixup or recipe.cutmix:
-            self.mixup = Mixup(
-                mixup_alpha=recipe.mixup,
-                cutmix_alpha=recipe.cutmix,
-                label_smoothing=recipe.label_smoothing,
-                num_classes=num_classes,
-            )
-        self.train_top1 = MulticlassAccuracy(num_classes, average="micro")
-        self.test_top1 = MulticlassAccuracy(num_classes, average="micro")
-        self.test_top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes))
+    def names_of(self, model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return ImageNet's identifiers and descriptions of a model's outputs, or numbers for other models."""
+        subset = infer_imagenet_subset(model)
+        if subset is None:
+            numbers = tuple(f"class {index}" for index in range(int(getattr(model, "num_classes", 0) or 0)))
+            return numbers, numbers
+        info = ImageNetInfo(subset)
+        labels = tuple(info.label_names())
+        return labels, tuple(info.index_to_description(index) for index in range(len(labels)))
 
-    @property
-    def final_model(self) -> nn.Module:
-        """The model that is measured and kept: the moving average where there is one."""
-        return self.model if self.ema is None else self.ema.module
+    def module(
+        self, model: nn.Module, settings: Settings, *, outputs: tuple[str, ...], steps_per_epoch: int
+    ) -> Classifier:
+        """Make the Lightning module."""
+        return Classifier(model, settings, num_classes=len(outputs), steps_per_epoch=steps_per_epoch)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Classify with the model that is kept."""
-        return self.final_model(x)
+    def measure(
+        self, opened: Opened, batches: Batches, *, data: Data, device: torch.device, precision: Precision
+    ) -> Classified:
+        """Classify all images and compare with their classes, told by equal names."""
+        label_map = match_labels(data.classes, opened, data.name)
+        return classify(opened.model, batches, device=device, precision=precision, label_map=label_map)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
-        """Return the loss of a batch; an empty one (no file of it could be read) is passed over."""
-        inputs, labels = batch
-        if self.mixup is not None:
-            even = len(labels) // 2 * 2
-            inputs, labels = inputs[:even], labels[:even]
-        if not len(labels):
-            return None
-        if self.mixup is None:
-            logits = self.model(inputs)
-            loss = cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
-        else:
-            inputs, targets = self.mixup(inputs, labels)
-            logits = self.model(inputs)
-            loss = cross_entropy(logits.float(), targets)
-            labels = targets.argmax(dim=1)
-        self.train_top1.update(logits.detach(), labels)
-        self.log("train_loss", loss, on_step=True, on_epoch=True, batch_size=len(labels))
-        self.log("train_top1", self.train_top1, on_step=False, on_epoch=True, batch_size=len(labels))
-        return loss
+    def format(self, column: str, value: float) -> str:
+        """Write losses as they are, accuracies in percent."""
+        return f"{value:.3f}" if column.endswith("loss") else f"{value:.2%}"
 
-    def on_train_batch_end(self, outputs: Any, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Move the average towards the new weights."""
-        if self.ema is not None:
-            self.ema.update(self.model, step=self.global_step)
+    def epoch_line(self, row: dict[str, float]) -> str:
+        """Summarise an epoch."""
+        return f"loss {row['train_loss']:.3f}  train {row['train_top1']:.2%}  test {row['test_top1']:.2%}"
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Measure a batch of test images."""
-        inputs, labels = batch
-        if not len(labels):
-            return
-        logits = self(inputs).float()
-        self.test_top1.update(logits, labels)
-        self.test_top5.update(logits, labels)
-        self.log("test_loss", cross_entropy(logits, labels), batch_size=len(labels))
-        self.log("test_top1", self.test_top1, batch_size=len(labels))
-        self.log("test_top5", self.test_top5, batch_size=len(labels))
+    def result_line(self, measured: Measured) -> str:
+        """Summarise what a run has reached."""
+        return f"test accuracy {measured.figures['top1']:.2%}"
 
-    def configure_optimizers(self) -> Any:
-        """Return AdamW with the model's parameter groups, and its learning rate's course, step by step."""
-        recipe = self.recipe
-        optimizer = create_optimizer_v2(
-            self.model,
-            opt="adamw",
-            lr=recipe.lr,
-            weight_decay=recipe.weight_decay,
-            layer_decay=recipe.layer_decay if recipe.layer_decay < 1 else None,
+    def eval_line(self, measured: Measured) -> str:
+        """Summarise a measurement."""
+        top1, top5, loss = (measured.figures[name] for name in ("top1", "top5", "loss"))
+        return f"top-1 {top1:.2%}, top-5 {top5:.2%}, loss {loss:.4f}"
+
+    def by_class(self, measured: Measured, opened: Opened) -> tuple[dict[str, dict[str, float]], Table]:
+        """Return the number of images and the accuracy of each class that has any."""
+        measured, content, table = cast(Classified, measured), {}, Table("class", "images", "top-1")
+        for label in measured.labels.unique().tolist():
+            of_class = measured.labels == label
+            count, top1 = int(of_class.sum()), (measured.predictions[of_class] == label).float().mean().item()
+            content[opened.titles[label]] = {"images": count, "top1": top1}
+            table.add_row(escape(opened.titles[label]), str(count), f"{top1:.2%}")
+        return content, table
+
+    def draw(self, folder: Path, measured: Measured, batches: Batches, *, opened: Opened, title: str) -> None:
+        """Draw the confusion matrix, and test images with what they were taken for."""
+        measured, classes = cast(Classified, measured), opened.titles
+        reached = f"{title}: {measured.figures['top1']:.2%}"
+        draw_confusion(folder / "confusion_matrix.png", measured.confusion(len(classes)), classes, reached)
+        chosen = choose_examples(measured.predictions, measured.labels)
+        wrong = int((measured.predictions != measured.labels).sum())
+        draw_predictions(
+            folder / "predictions.png",
+            opened.preprocess.denormalise(take(batches, chosen)),
+            measured.predictions[chosen],
+            measured.labels[chosen],
+            classes,
+            f"{title}: {wrong} of {len(measured.labels)} test images wrong",
         )
-        total = recipe.epochs * self.steps_per_epoch
-        warmup = min(round(recipe.warmup_epochs * self.steps_per_epoch), total // 2)
-        end = min(END_LR / recipe.lr, 1.0)
-        # timm leaves layer decay to its own schedulers, as a factor in each group.
-        scales = [group.get("lr_scale", 1.0) for group in optimizer.param_groups]
 
-        def course(scale: float):
-            return lambda step: scale * cosine_with_warmup(step, total=total, warmup=warmup, end=end)
+    def answer(self, opened: Opened, inputs: Tensor, *, top_k: int) -> list[dict[str, Any]]:
+        """Return the most probable classes, by falling probability."""
+        logits = opened.model(inputs).float()
+        probabilities, classes = logits.softmax(dim=1).topk(min(top_k, logits.shape[1]))
+        return [
+            {
+                "predictions": [
+                    {"index": index, "label": opened.labels[index], "title": opened.titles[index], "probability": share}
+                    for index, share in zip(*pair, strict=True)
+                ]
+            }
+            for pair in zip(classes.tolist(), probabilities.tolist(), strict=True)
+        ]
 
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [course(scale) for scale in scales])
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def answer_table(self, answers: Sequence[tuple[str, dict[str, Any]]]) -> Table:
+        """Lay classes and probabilities out, a line each."""
+        table = Table("image", "class", "probability")
+        for path, answer in answers:
+            for rank, line in enumerate(answer["predictions"]):
+                last = rank == len(answer["predictions"]) - 1
+                image = escape(path) if rank == 0 else ""
+                table.add_row(image, escape(line["title"]), f"{line['probability']:.1%}", end_section=last)
+        return table
 
 
-def cosine_with_warmup(step: int, *, total: int, warmup: int, end: float) -> float:
-    """Return the factor on the peak learning rate: a linear rise in ``warmup`` steps, half a cosine to ``end``."""
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    done = min((step - warmup) / max(total - warmup, 1), 1.0)
-    return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * done))
+def classify(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    device: torch.device,
+    precision: Precision = "32",
+    label_map: Tensor | None = None,
+) -> Classified:
+    """Classify all of ``batches`` with a model that is in eval mode on ``device``.
+
+    ``label_map`` gives the model's output for each label of the data, where those differ.
+    """
+    dtype = autocast_dtype(precision)
+    predictions, labels, losses, hits = [], [], [], []
+    began = time.perf_counter()
+    with torch.inference_mode(), torch.autocast(device.type, dtype) if dtype else nullcontext():
+        for inputs, targets in with_bar(batches, len(batches), "measuring"):
+            if not len(targets):
+                continue
+            targets = targets if label_map is None else label_map[targets]
+            logits = model(inputs.to(device)).float().cpu()
+            top5 = logits.topk(min(5, logits.shape[1])).indices
+            predictions.append(top5[:, 0])
+            labels.append(targets)
+            hits.append((top5 == targets[:, None]).any(dim=1))
+            losses.append(cross_entropy(logits, targets, reduction="none"))
+    seconds = time.perf_counter() - began
+    prediction, label = torch.cat(predictions), torch.cat(labels)
+    top1 = (prediction == label).float().mean().item()
+    figures = {"top1": top1, "top5": _mean(torch.cat(hits)), "loss": _mean(torch.cat(losses))}
+    return Classified(figures, len(label), seconds, prediction, label)
+
+
+def match_labels(classes: tuple[str, ...], opened: Opened, name: str) -> Tensor:
+    """Return the model's output for each class of the data, by equal names.
+
+    For published weights as many folders as there are outputs will do: by their numbers, or in order.
+
+    Raises:
+        UsageError: the classes are not among the model's.
+    """
+    index = {label: output for output, label in enumerate(opened.labels)}
+    if all(label in index for label in classes):
+        return torch.tensor([index[label] for label in classes])
+    if len(classes) == len(index) and not opened.data:
+        numbered = sorted(classes) == sorted(map(str, range(len(classes))))
+        return torch.tensor([int(label) for label in classes]) if numbered else torch.arange(len(classes))
+    unknown = [label for label in classes if label not in index]
+    raise UsageError(
+        f"{name} has {len(classes)} classes but {opened.name} tells {len(opened.labels)} others apart: "
+        f"it does not know {', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}; "
+        f"its first is {opened.labels[0]}"
+    )
+
+
+def _mean(values: Tensor) -> float:
+    return values.double().mean().item()

@@ -1,4 +1,4 @@
-"""The pictures of a run: curves, a grid of test images with predictions, the confusion matrix."""
+"""The pictures of classification: a grid of test images with predictions, the confusion matrix."""
 
 from pathlib import Path
 
@@ -7,28 +7,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from linvision.files import replacing
+from linvision.training.curves import save_figure
 
 RIGHT, WRONG = "#1b7837", "#c51b29"
-
-
-def draw_curves(path: Path, rows: list[dict[str, float]], title: str) -> None:
-    """Draw loss and top-1 accuracy over the epochs."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    figure.suptitle(title)
-    epochs = [row["epoch"] for row in rows]
-    for axes, name, label in zip(figure.subplots(1, 2), ("loss", "top1"), ("loss", "top-1 accuracy, %"), strict=True):
-        scale = 100 if name == "top1" else 1
-        for split, style in (("train", "--"), ("test", "-")):
-            axes.plot(epochs, [row[f"{split}_{name}"] * scale for row in rows], style, label=split)
-        axes.set(xlabel="epoch", ylabel=label)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    best = max(rows, key=lambda row: row["test_top1"])
-    axes.axhline(best["test_top1"] * 100, color="grey", linewidth=0.8, linestyle=":")
-    axes.set_title(f"best {best['test_top1']:.2%} in epoch {best['epoch']:.0f}", fontsize=9)
-    _save(figure, path)
 
 
 def draw_predictions(
@@ -51,7 +32,7 @@ def draw_predictions(
         axes.set_title(text, fontsize=8, color=RIGHT if right else WRONG)
         for side in axes.spines.values():
             side.set(color=RIGHT if right else WRONG, linewidth=1 if right else 3)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_confusion(path: Path, confusion: Tensor, classes: tuple[str, ...], title: str) -> None:
@@ -72,7 +53,7 @@ def draw_confusion(path: Path, confusion: Tensor, classes: tuple[str, ...], titl
         for row, column in zip(*np.nonzero(counts), strict=True):
             color = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=7, color=color)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def choose_examples(predictions: Tensor, labels: Tensor, count: int = 48) -> Tensor:
@@ -91,8 +72,3 @@ def _spread(indices: Tensor, count: int) -> Tensor:
 
 def _short(name: str, most: int = 16) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}…"
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)

@@ -1,16 +1,21 @@
 """The command ``linvision models``: what is known about each model."""
 
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
-import timm
 from rich.table import Table
 
 from linvision.console import output, with_bar, write_json
-from linvision.models import ModelDescription, describe, list_models, resolve_name
+
+if TYPE_CHECKING:
+    from linvision.models import ModelDescription
+
+EXAMPLE = 'linvision models "vil2*"'
+POSITIONAL = ("pattern",)
 
 
 @dataclass(frozen=True)
-class ModelsOptions:
+class Options:
     """Which models to list.
 
     Attributes:
@@ -22,8 +27,12 @@ class ModelsOptions:
     json: bool = False
 
 
-def models(options: ModelsOptions) -> int:
+def run(options: Options) -> int:
     """Run ``linvision models``."""
+    import timm
+
+    from linvision.models import describe, list_models, resolve_name
+
     names = list_models(options.pattern) or timm.list_models(options.pattern) or [resolve_name(options.pattern)]
     descriptions = [describe(name) for name in with_bar(names, len(names), "counting")]
     if options.json:
@@ -44,7 +53,7 @@ def models(options: ModelsOptions) -> int:
     return 0
 
 
-def _cells(description: ModelDescription) -> tuple[str, ...]:
+def _cells(description: "ModelDescription") -> tuple[str, ...]:
     _, height, width = description.input_size
     return (
         description.name,

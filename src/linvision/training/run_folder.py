@@ -2,12 +2,12 @@
 
 config.yaml              the resolved options; feed it to ``linvision train --config``
 model.json               what it takes to use the weights: model, classes, pre-processing
-best.safetensors         the weights of the epoch with the highest top-1 accuracy
+best.safetensors         the weights of the best epoch
 last.safetensors         the weights of the last epoch
 state.ckpt               optimiser, schedule and weights after the last epoch, for ``--resume``
 metrics.csv              one line an epoch
 tensorboard/             the same, and the loss of every step
-curves.png, predictions.png, confusion_matrix.png
+curves.png, and the task's own pictures
 summary.json             the result, and what it was reached with
 """
 
@@ -23,7 +23,7 @@ import yaml
 from linvision.data import Preprocess
 from linvision.errors import RunError, UsageError
 from linvision.files import write_json, write_text
-from linvision.tasks.options import TrainOptions
+from linvision.training.settings import RunOptions
 
 FILES = (
     "config.yaml",
@@ -33,8 +33,6 @@ FILES = (
     "state.ckpt",
     "metrics.csv",
     "curves.png",
-    "predictions.png",
-    "confusion_matrix.png",
     "summary.json",
 )
 # What concerns the place of a run and not its content.
@@ -50,12 +48,16 @@ class ModelCard:
         classes: name of each output.
         preprocess: from an image to its input.
         data: name or path of the data set that it learnt.
+        task: what it learnt.
+        pictures: files that the task draws into the run's folder.
     """
 
     model: str
     classes: tuple[str, ...]
     preprocess: Preprocess
     data: str
+    task: str = "classify"  # the first there was: runs from before there were others do not name it
+    pictures: tuple[str, ...] = ("predictions.png", "confusion_matrix.png")
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,12 @@ class RunFolder:
         """Tell whether there is a run here."""
         return (self.path / "config.yaml").is_file()
 
-    def save_options(self, options: TrainOptions) -> None:
+    def save_config(self, options: dict[str, Any]) -> None:
         """Write config.yaml."""
-        content = {key: value for key, value in asdict(options).items() if key not in PLACE}
+        content = {key: value for key, value in options.items() if key not in PLACE}
         write_text(self.path / "config.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
-    def load_options(self) -> TrainOptions:
+    def load_config(self) -> dict[str, Any]:
         """Read config.yaml.
 
         Raises:
@@ -104,9 +106,11 @@ class RunFolder:
             raise UsageError(f"{self.path} holds no run: it has no config.yaml")
         try:
             content = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
-            return TrainOptions(**content)
-        except (yaml.YAMLError, TypeError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise RunError(f"{self.path / 'config.yaml'} is damaged: {str(error).splitlines()[0]}") from error
+        if not isinstance(content, dict):
+            raise RunError(f"{self.path / 'config.yaml'} is damaged: it holds no options")
+        return content
 
     def save_card(self, card: ModelCard) -> None:
         """Write model.json."""
@@ -125,7 +129,7 @@ class RunFolder:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             preprocess = {key: _frozen(value) for key, value in content.pop("preprocess").items()}
-            content["classes"] = tuple(content["classes"])
+            content = {key: _frozen(value) for key, value in content.items()}
             return ModelCard(**content, preprocess=Preprocess(**preprocess))
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"{path} is damaged: {error}") from error
@@ -141,6 +145,12 @@ class RunFolder:
                 return path
         raise UsageError(f"{self.path} has no weights yet: its first epoch is not finished")
 
+    def _pictures(self) -> tuple[str, ...]:
+        try:
+            return tuple(Path(name).name for name in self.load_card().pictures)
+        except (UsageError, RunError):
+            return ()
+
     def tidy(self) -> None:
         """Remove the unfinished files that a killed process left."""
         for path in self.path.glob(".*.tmp"):
@@ -149,19 +159,19 @@ class RunFolder:
     def clear(self) -> None:
         """Remove everything that a run writes, and nothing else."""
         self.tidy()
-        for name in FILES:
+        for name in (*FILES, *self._pictures()):
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
 
 
-def create_run_folder(options: TrainOptions) -> RunFolder:
+def create_run_folder(options: RunOptions, model: str) -> RunFolder:
     """Create the folder that the options ask for, or the next free one.
 
     Raises:
         UsageError: it exists and may not be replaced.
     """
     if options.out is None:
-        return _next_free(Path("runs"), f"{_slug(options.model or 'model')}-{_slug(Path(options.data).name)}")
+        return _next_free(Path("runs"), f"{_slug(model)}-{_slug(Path(options.data).name)}")
     check_out(options)
     run = RunFolder(Path(options.out))
     run.path.mkdir(parents=True, exist_ok=True)
@@ -169,7 +179,7 @@ def create_run_folder(options: TrainOptions) -> RunFolder:
     return run
 
 
-def check_out(options: TrainOptions) -> None:
+def check_out(options: RunOptions) -> None:
     """Raise UsageError where create_run_folder would."""
     if options.out is None:
         if options.overwrite:

@@ -4,18 +4,17 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from linvision.console import output
 from linvision.errors import UsageError
-from linvision.files import replacing, write_weights
-from linvision.models import load_state_dict, own_keys, to_release
+
+EXAMPLE = """linvision convert vil2_tiny16_e800_in1k.th vil2_tiny.safetensors
+  linvision convert vil2_tiny.safetensors vil2_tiny.th --model vil2-tiny"""
 
 TORCH_SUFFIXES = (".th", ".pth", ".pt")
 
 
 @dataclass(frozen=True)
-class ConvertOptions:
+class Options:
     """What to convert into what.
 
     Attributes:
@@ -32,7 +31,7 @@ class ConvertOptions:
     ema: bool = False
 
 
-def convert(options: ConvertOptions) -> int:
+def run(options: Options) -> int:
     """Run ``linvision convert``."""
     target = Path(options.target)
     if target.suffix not in (".safetensors", *TORCH_SUFFIXES):
@@ -41,6 +40,11 @@ def convert(options: ConvertOptions) -> int:
         raise UsageError(f"{target} exists already: remove it, or choose another name")
     if options.model is not None and target.suffix == ".safetensors":
         raise UsageError("--model is for released torch files: safetensors always carry the model's own keys")
+    import torch
+
+    from linvision.files import replacing, write_weights
+    from linvision.models import load_state_dict, own_keys, to_release
+
     state_dict = own_keys(load_state_dict(options.source, ema=options.ema))
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.suffix == ".safetensors":

@@ -1,4 +1,4 @@
-"""The command ``linvision train``: from options to a run folder with weights, metrics, pictures and a summary."""
+"""A training run from its plan to a folder with weights, metrics, pictures and a summary."""
 
 import logging
 import signal
@@ -6,64 +6,41 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from linvision.console import duration, notes, output
-from linvision.errors import UsageError
-from linvision.tasks.callbacks import (
-    AtomicCheckpointIO,
-    EpochSeed,
-    Interruption,
-    Recorder,
-    Reporter,
-    read_metrics,
-)
-from linvision.tasks.classify import Classifier
-from linvision.tasks.evaluate import Measured
-from linvision.tasks.loading import count_parameters
-from linvision.tasks.options import TrainOptions
-from linvision.tasks.plan import Plan, prepare
-from linvision.tasks.results import finish
-from linvision.tasks.run_folder import ModelCard, RunFolder, check_out, create_run_folder
+from linvision.training.callbacks import EpochSeed, Interruption, Recorder, read_metrics
+from linvision.training.checkpoints import AtomicCheckpointIO
+from linvision.training.module import TrainingModule
+from linvision.training.opened import count_parameters
+from linvision.training.plan import Plan
+from linvision.training.progress import Reporter
+from linvision.training.results import finish
+from linvision.training.run_folder import ModelCard, RunFolder
+from linvision.training.task import Measured
 
-# What may differ when a run is continued: where and how it runs, not what it computes.
-MACHINE = ("device", "checkpointing", "workers", "data_root")
 LIGHTNING_PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
 
-def train(options: TrainOptions) -> int:
-    """Run ``linvision train``."""
-    run = None
-    if options.resume is not None:
-        run = RunFolder(Path(options.resume))
-        options = resumed_options(options, run)
-        run.tidy()
-    else:
-        check_out(options)
-    plan = prepare(options, fresh=run is None or not run.state.is_file())
-    if run is None:
-        run = create_run_folder(plan.options)
-        run.save_options(plan.options)
-    card = ModelCard(plan.recipe.model, plan.data.classes, plan.preprocess, plan.options.data)
+def run_training(plan: Plan, run: RunFolder) -> Measured:
+    """Train, from where the run's folder stands, and leave the results there."""
+    task, outputs = plan.task, plan.outputs
+    card = ModelCard(plan.settings.model, outputs, plan.preprocess, plan.options.data, task.name, task.pictures)
     run.save_card(card)
     notes().print(_headline(plan, run), markup=False)
-    classifier = Classifier(
-        plan.model, plan.recipe, num_classes=len(plan.data.classes), steps_per_epoch=len(plan.train)
-    )
-    recorder = Recorder(run)
+    module = task.module(plan.model, plan.settings, outputs=outputs, steps_per_epoch=len(plan.train))
+    recorder = Recorder(run, task)
     with _resumable(run) as interruption:
-        fit(classifier, plan, run, recorder, interruption)
-    measured = finish(classifier, plan, run, recorder)
+        fit(module, plan, run, recorder, interruption)
+    measured = finish(module, plan, run, recorder)
     _tell(plan, run, recorder, measured)
-    return 0
+    return measured
 
 
-def fit(classifier: Classifier, plan: Plan, run: RunFolder, recorder: Recorder, interruption: Interruption) -> None:
+def fit(module: TrainingModule, plan: Plan, run: RunFolder, recorder: Recorder, interruption: Interruption) -> None:
     """Train, from where the run's folder stands."""
     resumed = str(run.state) if run.state.is_file() else None
     steps = len(plan.train)
@@ -78,13 +55,13 @@ def fit(classifier: Classifier, plan: Plan, run: RunFolder, recorder: Recorder, 
         accelerator="gpu" if plan.device.type == "cuda" else "cpu",
         devices=1,
         precision=LIGHTNING_PRECISION[plan.options.precision],
-        max_epochs=plan.recipe.epochs,
-        gradient_clip_val=plan.recipe.clip_grad or None,
+        max_epochs=plan.settings.epochs,
+        gradient_clip_val=plan.settings.clip_grad or None,
         callbacks=[
             interruption,
             EpochSeed(plan.train, plan.options.seed),
             recorder,
-            Reporter(recorder, plan.recipe.epochs),
+            Reporter(recorder, plan.task, plan.settings.epochs),
         ],
         plugins=[AtomicCheckpointIO()],
         logger=logger,
@@ -96,17 +73,7 @@ def fit(classifier: Classifier, plan: Plan, run: RunFolder, recorder: Recorder, 
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    trainer.fit(classifier, plan.train, plan.test, ckpt_path=resumed, weights_only=True)
-
-
-def resumed_options(options: TrainOptions, run: RunFolder) -> TrainOptions:
-    """Return the run's own options, but for what concerns the machine."""
-    unwanted = [name for name in options.given() if name not in ("resume", *MACHINE)]
-    if unwanted:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in unwanted)
-        raise UsageError(f"--resume continues a run as it was configured: leave out {names}, or start a new run")
-    stored = run.load_options()
-    return replace(stored, **{name: getattr(options, name) for name in options.given() if name in MACHINE})
+    trainer.fit(module, plan.train, plan.test, ckpt_path=resumed, weights_only=True)
 
 
 @contextmanager
@@ -137,18 +104,18 @@ def _resumable(run: RunFolder) -> Iterator[Interruption]:
 
 def _headline(plan: Plan, run: RunFolder) -> str:
     return (
-        f"{plan.recipe.model}, {count_parameters(plan.model) / 1e6:.2f} M parameters, on {plan.data.name}: "
+        f"{plan.settings.model}, {count_parameters(plan.model) / 1e6:.2f} M parameters, on {plan.data.name}: "
         f"{plan.train.num_images} training and {plan.test.num_images} test images, "
-        f"{plan.recipe.epochs} epochs on {plan.device}; {run.path}"
+        f"{plan.settings.epochs} epochs on {plan.device}; {run.path}"
     )
 
 
 def _tell(plan: Plan, run: RunFolder, recorder: Recorder, measured: Measured) -> None:
     seconds = sum(row["seconds"] for row in recorder.rows)
-    best = recorder.best
+    best, column = recorder.best, plan.task.best
     output().print(
-        f"test accuracy {measured.top1:.2%} after {len(recorder.rows)} epochs in {duration(seconds)} "
-        f"(best {best['test_top1']:.2%}, epoch {best['epoch']:.0f}); results in {run.path}",
+        f"{plan.task.result_line(measured)} after {len(recorder.rows)} epochs in {duration(seconds)} "
+        f"(best {plan.task.format(column, best[column])}, epoch {best['epoch']:.0f}); results in {run.path}",
         markup=False,
     )
     unreadable = plan.unreadable()

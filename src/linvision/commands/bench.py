@@ -1,0 +1,15 @@
+"""The command ``linvision bench``."""
+
+from linvision.bench.options import BenchOptions
+
+EXAMPLE = """linvision bench --models vil2-tiny,vim_tiny_patch16_224 --sizes 224,512,1248 --out bench
+  linvision bench --op mlstm --modes inference,training"""
+
+Options = BenchOptions
+
+
+def run(options: Options) -> int:
+    """Run ``linvision bench``."""
+    from linvision.bench.command import bench
+
+    return bench(options)

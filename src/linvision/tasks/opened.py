@@ -1,0 +1,59 @@
+"""Models opened for use: the run in a folder, or a name with its published weights or those of a file."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from linvision.data import Preprocess
+from linvision.models import create_model, load_checkpoint, resolve_name, size_overrides
+from linvision.tasks import get_task
+from linvision.training.opened import Opened, check_size
+from linvision.training.run_folder import RunFolder
+
+
+def open_model(
+    spec: str, *, checkpoint: str | None = None, img_size: int | None = None, device: torch.device
+) -> Opened:
+    """Open the run in folder ``spec``, or the model of that name with its published weights or those of a file.
+
+    Raises:
+        UsageError, UnknownNameError: there is no such run or model.
+        CheckpointError, OSError: its weights cannot be had.
+    """
+    folder = Path(spec).expanduser()
+    if folder.is_dir():
+        opened = _open_run(RunFolder(folder), checkpoint, img_size)
+    else:
+        opened = _open_named(spec, checkpoint, img_size)
+    check_size(opened.model, opened.preprocess)
+    opened.model.to(device)
+    return opened
+
+
+def _open_run(run: RunFolder, checkpoint: str | None, img_size: int | None) -> Opened:
+    card = run.load_card()
+    preprocess = card.preprocess
+    trained_size = size_overrides(card.model, preprocess.size[0])
+    model = create_model(card.model, num_classes=len(card.classes), **trained_size)
+    load_checkpoint(model, checkpoint or run.weights())
+    if img_size is not None:
+        preprocess = replace(preprocess, size=(img_size, img_size))
+        _set_size(model, img_size)
+    return Opened(model, card.model, card.task, preprocess, card.classes, card.classes, card.data)
+
+
+def _open_named(spec: str, checkpoint: str | None, img_size: int | None) -> Opened:
+    name = resolve_name(spec)
+    model = create_model(name, pretrained=checkpoint is None, checkpoint_path=checkpoint)
+    if img_size is not None:
+        _set_size(model, img_size)
+    labels, titles = get_task("classify").names_of(model)
+    return Opened(model, name, "classify", Preprocess.of_model(model, img_size), labels, titles)
+
+
+def _set_size(model: Any, img_size: int) -> None:
+    """Resize what a model learnt for each place; models that learnt no such thing take any size."""
+    if hasattr(model, "set_input_size"):
+        model.set_input_size(img_size=(img_size, img_size))

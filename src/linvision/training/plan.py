@@ -1,0 +1,129 @@
+"""What a training run needs before it starts: data, model and device, everything checked."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from linvision.data import ArrayData, Batches, FolderData, Preprocess
+from linvision.devices import choose_device
+from linvision.errors import CheckpointError, UsageError
+from linvision.models import create_model, resolve_name, set_checkpointing, size_overrides
+from linvision.training.module import check_optimizer
+from linvision.training.opened import Opened, check_size
+from linvision.training.settings import RunOptions, Settings
+from linvision.training.task import Data, Task
+
+OF_ARRAYS = ("rotate", "shift", "scale", "shear", "border")
+OF_FOLDERS = ("crop_scale", "auto_augment", "color_jitter")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a run needs before it has a folder."""
+
+    task: Task
+    options: RunOptions
+    settings: Settings
+    device: torch.device
+    data: Data
+    outputs: tuple[str, ...]
+    preprocess: Preprocess
+    model: nn.Module
+    train: Batches
+    test: Batches
+
+    def unreadable(self) -> dict[str, str]:
+        """Return the reason for each image that was skipped so far, by its path."""
+        return {**self.train.unreadable, **self.test.unreadable}
+
+    def opened(self, model: nn.Module) -> Opened:
+        """Return a trained model, ready for use."""
+        name, outputs = self.settings.model, self.outputs
+        return Opened(model, name, self.task.name, self.preprocess, outputs, outputs, self.options.data)
+
+    def config(self) -> dict[str, Any]:
+        """Return what config.yaml holds: settings and options by their names on the command line."""
+        return {**asdict(self.options), **asdict(self.settings)}
+
+
+def prepare(
+    task: Task, options: RunOptions, settings: Settings, *, fresh: bool = True, given: Sequence[str] = ()
+) -> Plan:
+    """Open the data and build the model, everything checked.
+
+    Args:
+        task: what is learnt.
+        options: of the run.
+        settings: of the run.
+        given: names of the settings that the user has given, to be refused where they have no effect.
+        fresh: load the published weights or the checkpoint file that the options ask for; a resumed run has its own.
+
+    Raises:
+        ValueError, OSError, RunError: for whatever is wrong with the options, the data or the weights.
+    """
+    settings = replace(settings, model=resolve_name(settings.model))
+    check_optimizer(settings.opt)
+    device = choose_device(options.device, options.precision)
+    data = task.open_data(options.data, root=options.data_root)
+    _check_changes(given, data)
+    pl.seed_everything(options.seed, verbose=False)
+    outputs = task.outputs(data)
+    model = _build(options, settings, len(outputs), fresh=fresh)
+    set_checkpointing(model, options.checkpointing)
+    preprocess = _preprocess(model, options, settings, data)
+    check_size(model, preprocess)
+    workers = options.workers if options.workers is not None else min(8, os.cpu_count() or 1)
+    batches = {"batch_size": settings.batch_size, "workers": workers}
+    # Absolute, so that the run can be resumed from elsewhere.
+    place = str(Path(options.data).expanduser().resolve()) if isinstance(data, FolderData) else options.data
+    checkpoint = str(Path(options.checkpoint).resolve()) if options.checkpoint else None
+    return Plan(
+        task=task,
+        options=replace(options, data=place, checkpoint=checkpoint),
+        settings=settings,
+        device=device,
+        data=data,
+        outputs=outputs,
+        preprocess=preprocess,
+        model=model.train(),
+        train=data.train_batches(preprocess, settings, seed=options.seed, **batches),
+        test=data.test_batches(preprocess, **batches),
+    )
+
+
+def _check_changes(given: Sequence[str], data: Data) -> None:
+    """Raise UsageError for random changes of images that are not for this kind of data."""
+    others = OF_FOLDERS if isinstance(data, ArrayData) else OF_ARRAYS
+    for name in given:
+        if name in others:
+            kind = "photographs in folders" if others is OF_FOLDERS else "small images in memory"
+            raise UsageError(f"--{name.replace('_', '-')} is for {kind}: it has no effect on {data.name}")
+
+
+def _build(options: RunOptions, settings: Settings, num_outputs: int, *, fresh: bool) -> nn.Module:
+    overrides: dict[str, Any] = size_overrides(settings.model, settings.img_size)
+    if settings.drop_path:
+        overrides["drop_path_rate"] = settings.drop_path
+    if fresh and options.checkpoint:
+        overrides |= {"checkpoint_path": options.checkpoint, "drop_head": options.drop_head}
+    try:
+        return create_model(
+            settings.model, pretrained=fresh and options.pretrained, num_classes=num_outputs, **overrides
+        )
+    except CheckpointError as error:
+        raise CheckpointError(str(error).replace("drop_head=True", "--drop-head")) from error
+
+
+def _preprocess(model: nn.Module, options: RunOptions, settings: Settings, data: Data) -> Preprocess:
+    preprocess = Preprocess.of_model(model, settings.img_size)
+    if not isinstance(data, ArrayData):
+        return preprocess
+    own = options.pretrained or options.checkpoint
+    statistics = {} if own else {"mean": data.mean, "std": data.std}
+    return replace(preprocess, crop_ratio=1.0, grey=data.grey, **statistics)

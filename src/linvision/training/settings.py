@@ -1,0 +1,155 @@
+"""The settings of a training run, as recipes and the command line give them; no torch needed."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from linvision.devices import Checkpointing, Device, Precision
+from linvision.errors import UsageError, did_you_mean
+
+Border = Literal["zeros", "reflection"]
+Loss = Literal["cross-entropy", "bce"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a training run computes; where it computes is no part of it.
+
+    Attributes:
+        task: what is learnt, by its name.
+        model: registered name.
+        img_size: side of the input in pixels; None for the model's own.
+        epochs: passes over the training images.
+        batch_size: images in a step.
+        opt: optimiser, by timm's name.
+        lr: peak learning rate, reached after the warm-up.
+        weight_decay: not applied to biases, norms and what the model exempts.
+        warmup_epochs: epochs in which the learning rate rises to its peak; it then follows a cosine.
+        layer_decay: factor on the learning rate from each layer to the one below; 1 for none.
+        clip_grad: largest norm of the gradient; 0 for no limit.
+        drop_path: probability that a residual branch is skipped.
+        loss: "cross-entropy", or "bce" for one binary decision a class.
+        label_smoothing: share of each target that is spread over all classes.
+        mixup, cutmix: strength (alpha) of mixing and pasting images; 0 for none.
+        ema: decay of the weights' moving average, which is then what is measured and kept; 0 for none.
+        flip, erase: probability of mirroring left to right, and of overwriting a rectangle with noise.
+        rotate, shift, scale, shear: largest changes of small images in memory: degrees, share of a side, relative
+            size, degrees.
+        border: what comes into view at their edges.
+        crop_scale: smallest share of a photograph's area that a random crop keeps.
+        auto_augment: timm's policy for photographs; "3a" is DeiT-III's 3-Augment (arXiv 2204.07118), "" for none.
+        color_jitter: strength of their changes of brightness, contrast and saturation.
+    """
+
+    task: str = "classify"
+    model: str
+    img_size: int | None = None
+    epochs: int
+    batch_size: int
+    opt: str = "adamw"
+    lr: float
+    weight_decay: float = 0.05
+    warmup_epochs: float = 5.0
+    layer_decay: float = 1.0
+    clip_grad: float = 1.0
+    drop_path: float = 0.0
+    loss: Loss = "cross-entropy"
+    label_smoothing: float = 0.1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    ema: float = 0.0
+    flip: float = 0.0
+    erase: float = 0.0
+    rotate: float = 0.0
+    shift: float = 0.0
+    scale: float = 0.0
+    shear: float = 0.0
+    border: Border = "zeros"
+    crop_scale: float = 0.25
+    auto_augment: str = "3a"
+    color_jitter: float = 0.3
+
+    def __post_init__(self) -> None:
+        check_ranges(vars(self))
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise UsageError(f"--batch-size {self.batch_size} must be even: mixup and cutmix pair the images")
+
+
+def read_settings(content: Mapping[str, Any], where: str) -> Settings:
+    """Make settings of the keys and values of a page.
+
+    Raises:
+        UsageError: naming ``where``: an unknown key, with the nearest known one, a missing one, a value of another
+            type.
+    """
+    types = get_type_hints(Settings)
+    for key, value in content.items():
+        if key not in types:
+            raise UsageError(f"{where} has no setting {key!r}{did_you_mean(str(key), types)}")
+        if not _fits(value, types[key]):
+            raise UsageError(f"{where}: {key} cannot be {value!r}")
+    missing = [field.name for field in fields(Settings) if field.default is MISSING and field.name not in content]
+    if missing:
+        raise UsageError(f"{where} lacks {', '.join(missing)}")
+    return Settings(**content)
+
+
+def check_ranges(values: Mapping[str, Any]) -> None:
+    """Raise UsageError for the first value that is out of its range; names that are not settings are passed over."""
+    for names, holds, needed in RANGES:
+        for name in names:
+            value = values.get(name)
+            if value is not None and not holds(value):
+                raise UsageError(f"--{name.replace('_', '-')} {value} is out of range: it must be {needed}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if isinstance(kind, UnionType):
+        return any(_fits(value, part) for part in get_args(kind))
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+
+
+RANGES = (
+    (("epochs", "batch_size", "img_size"), lambda value: value >= 1, "at least 1"),
+    (("lr",), lambda value: 0 < value < float("inf"), "above 0"),
+    (
+        ("weight_decay", "warmup_epochs", "clip_grad", "mixup", "cutmix", "workers", "color_jitter"),
+        lambda value: value >= 0,
+        "at least 0",
+    ),
+    (("drop_path", "label_smoothing", "ema"), lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    (("flip", "erase", "shift"), lambda value: 0 <= value <= 1, "from 0 to 1"),
+    (("scale",), lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    (("rotate",), lambda value: 0 <= value <= 180, "from 0 to 180"),
+    (("shear",), lambda value: 0 <= value < 90, "at least 0 and below 90"),
+    (("layer_decay", "crop_scale"), lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    (("seed",), lambda value: 0 <= value < 2**31, "at least 0 and below 2^31"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where a run gets its data and weights from, where it computes and what it writes to."""
+
+    data: str = "digits"
+    pretrained: bool = False
+    checkpoint: str | None = None
+    drop_head: bool = False
+    out: str | None = None
+    resume: str | None = None
+    overwrite: bool = False
+    seed: int = 0
+    device: Device = "auto"
+    precision: Precision = "32"
+    checkpointing: Checkpointing = "none"
+    workers: int | None = None
+    data_root: str | None = None
+
+
+# What may differ when a run is continued: where and how it runs, not what it computes.
+MACHINE = ("device", "checkpointing", "workers", "data_root")
