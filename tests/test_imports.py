@@ -13,7 +13,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "console": set(),
     "files": set(),
     "devices": {"errors"},
-    "_allocator": set(),
     "ops": {"ops", *TOOLS},
     "models": {"ops", "models", *TOOLS},
     "data": {"data", *TOOLS},
@@ -21,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench": {"", "ops", "models", "tasks", "bench", *TOOLS},
     "cli": {"", "errors"},
     "__main__": {"cli"},
-    "__init__": {"_allocator", "models"},
+    "__init__": {"models"},
 }
 
 

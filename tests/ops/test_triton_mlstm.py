@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from linvision.ops import MLSTMState, mlstm, mlstm_recurrent, use_backend
-from linvision.ops.backends.triton import mlstm as body
+from linvision.ops.backends.triton import mlstm as implementation
 from tests import goldens
 from tests.ops.test_mlstm import random_inputs
 from tests.ops.triton_kernels import DEVICE, runs_kernels
@@ -20,9 +20,9 @@ def small_tiles(request, monkeypatch):
     """Cut even short sequences into several chunks of several tiles; wide states into few, as interpreting is slow."""
     if "own_tiles" in request.fixturenames:
         return
-    monkeypatch.setattr(body, "CHUNK", 32)
-    monkeypatch.setattr(body, "GATE_BLOCK", 64)
-    monkeypatch.setattr(body, "TILES", dict.fromkeys(body.TILES, (16, 128, 64, 128)))
+    monkeypatch.setattr(implementation, "CHUNK", 32)
+    monkeypatch.setattr(implementation, "GATE_BLOCK", 64)
+    monkeypatch.setattr(implementation, "TILES", dict.fromkeys(implementation.TILES, (16, 128, 64, 128)))
 
 
 @pytest.fixture

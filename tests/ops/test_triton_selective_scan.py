@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from linvision.ops import selective_scan, selective_scan_sequential, use_backend
-from linvision.ops.backends.triton import selective_scan as body
+from linvision.ops.backends.triton import selective_scan as implementation
 from tests import goldens
 from tests.ops.test_selective_scan import gradients, random_inputs
 from tests.ops.triton_kernels import DEVICE, runs_kernels
@@ -132,4 +132,4 @@ def test_an_empty_batch_has_an_empty_answer():
 
 
 def test_a_tile_is_a_warp_wide_or_the_channels_that_there_are():
-    assert [body._channels(width) for width in (1, 6, 32, 768)] == [1, 8, 32, 32]
+    assert [implementation._channels(width) for width in (1, 6, 32, 768)] == [1, 8, 32, 32]

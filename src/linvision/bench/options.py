@@ -12,6 +12,7 @@ from linvision.bench.contenders import Lineup, Setting
 from linvision.bench.models import model_lineup
 from linvision.bench.ops import op_lineup
 from linvision.errors import UsageError, nearest
+from linvision.ops import backend_names
 from linvision.tasks.options import Checkpointing
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -51,7 +52,8 @@ class BenchOptions:
         compile: compile the models with torch.compile, on a GPU with CUDA graphs
         checkpointing: of activations in training: selective recomputes in the backward pass what is cheap, full
             everything
-        backend: of the ops: auto (the fastest that can run), triton, cpp or plain
+        backend: of the ops: auto (the fastest that can run), a backend (triton, cpp, plain), or reference, parallel or
+            sequential, forms of the ops in PyTorch
         tf32: let a GPU round float32 matrix products to TF32
         seed: of weights and inputs
         out: folder to create for bench.json, bench.csv and the picture bench.png
@@ -76,7 +78,7 @@ class BenchOptions:
     autocast: bool = False
     compile: bool = False
     checkpointing: Checkpointing = "none"
-    backend: Literal["auto", "triton", "cpp", "plain"] = "auto"
+    backend: str = "auto"
     tf32: bool = False
     seed: int = 0
     out: str | None = None
@@ -117,6 +119,8 @@ def make_plan(options: BenchOptions) -> Plan:
         UnknownNameError: a model does not exist; the nearest ones are named.
     """
     _check_ranges(options)
+    if _choices("--backend", options.backend, backend_names()) != [options.backend]:
+        raise UsageError(f"--backend {options.backend}: give one name")
     device = _choose_device(options.device)
     dtypes = _choices("--dtypes", options.dtypes, DTYPES)
     if device == "cpu" and "float16" in dtypes:

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from linvision.ops.linear import LayerNorm, Linear, linear
+from linvision.ops.fused.linear import linear
+from linvision.ops.parameters import LayerNormParameters, LinearParameters
 
 STANDARD = (nn.Linear, nn.LayerNorm, nn.GELU)
 
@@ -50,18 +51,18 @@ def call_linear(layer: nn.Linear, x: Tensor) -> Tensor:
     return linear(x, linear_of(layer)) if unchanged(layer) else layer(x)
 
 
-def linear_of(layer: nn.Linear) -> Linear:
+def linear_of(layer: nn.Linear) -> LinearParameters:
     """Return a layer's parameters."""
-    return Linear(layer.weight, layer.bias)
+    return LinearParameters(layer.weight, layer.bias)
 
 
-def halves_of(layer: nn.Linear) -> tuple[Linear, Linear]:
+def halves_of(layer: nn.Linear) -> tuple[LinearParameters, LinearParameters]:
     """Return a layer as two, one for each half of its outputs."""
     weights = layer.weight.chunk(2)
     biases = (None, None) if layer.bias is None else layer.bias.chunk(2)
-    return Linear(weights[0], biases[0]), Linear(weights[1], biases[1])
+    return LinearParameters(weights[0], biases[0]), LinearParameters(weights[1], biases[1])
 
 
-def layer_norm_of(layer: nn.LayerNorm) -> LayerNorm:
+def layer_norm_of(layer: nn.LayerNorm) -> LayerNormParameters:
     """Return a layer's parameters."""
-    return LayerNorm(layer.weight, layer.bias, layer.eps)
+    return LayerNormParameters(layer.weight, layer.bias, layer.eps)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from linvision.models._fusion import fusible, layer_norm_of, linear_of
 from linvision.ops.convolution import depthwise_conv2d
-from linvision.ops.linear import linear
-from linvision.ops.linear import mlp as ops_mlp
+from linvision.ops.fused.linear import linear
+from linvision.ops.fused.linear import mlp as ops_mlp
+from linvision.ops.fused.window_attention import attend_in_windows, pad_to_multiple, window_attention
 from linvision.ops.linear_attention import linear_attention
-from linvision.ops.window_attention import attend_in_windows, pad_to_multiple, window_attention
 
 
 def as_image(x: Tensor) -> Tensor:

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from linvision.models._backbone import resize_grid
 from linvision.models._fusion import fusible, gates_in_products, halves_of, linear_of, unchanged
-from linvision.ops.block_diagonal import BLOCK_SIZE, BlockDiagonal, Gate, block_diagonal
+from linvision.ops.autocast import cast_once
+from linvision.ops.block_diagonal import BLOCK_SIZE, block_diagonal
 from linvision.ops.convolution import causal_conv1d, depthwise_conv2d
+from linvision.ops.fused.linear import linear, normalise
+from linvision.ops.fused.projected_mlstm import projected_mlstm
 from linvision.ops.gated_norm import gated_head_norm
-from linvision.ops.linear import LayerNorm, cast_once, linear, normalise
 from linvision.ops.mlstm import mlstm
-from linvision.ops.projected_mlstm import projected_mlstm
+from linvision.ops.parameters import BlockDiagonalParameters, GateParameters, LayerNormParameters
 
 NUM_HEADS = 4
 
@@ -36,9 +38,9 @@ class ResidualLayerNorm(nn.Module):
         """Normalise the last axis of (..., dim)."""
         return F.layer_norm(x, self.weight.shape, 1 + self.weight, self.bias, self.eps)
 
-    def as_layer_norm(self) -> LayerNorm:
+    def as_layer_norm(self) -> LayerNormParameters:
         """Return the parameters of the layer norm that this is."""
-        return LayerNorm(1 + self.weight, self.bias, self.eps)
+        return LayerNormParameters(1 + self.weight, self.bias, self.eps)
 
 
 class BlockDiagonalLinear(nn.Module):
@@ -109,7 +111,12 @@ class ViLLayer(nn.Module):
         self.proj_down = nn.Linear(inner, dim, bias=proj_bias)
 
     def forward(
-        self, u: Tensor, grid: tuple[int, int], *, norm: LayerNorm | None = None, residual: Tensor | None = None
+        self,
+        u: Tensor,
+        grid: tuple[int, int],
+        *,
+        norm: LayerNormParameters | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:
         """Map tokens (B, rows * columns, dim) of a grid (rows, columns); norm before, residual sum after."""
         if not unchanged(self.proj_up, self.proj_down):
@@ -142,8 +149,8 @@ class ViLLayer(nn.Module):
             q, k, v = (tokens.unflatten(-1, (NUM_HEADS, -1)) for tokens in (q, k, v))
             h = mlstm(q, k, v, cell.igate(together), cell.fgate(together), reverse=self.reverse)
             return cast(Tensor, h), c
-        projections = (BlockDiagonal(p.weight, p.bias) for p in (self.q_proj, self.k_proj, self.v_proj))
-        i, f = (Gate(gate.weight, gate.bias) for gate in (cell.igate, cell.fgate))
+        projections = (BlockDiagonalParameters(p.weight, p.bias) for p in (self.q_proj, self.k_proj, self.v_proj))
+        i, f = (GateParameters(gate.weight, gate.bias) for gate in (cell.igate, cell.fgate))
         return projected_mlstm(c, x, *projections, i=i, f=f, reverse=self.reverse), c
 
 

@@ -15,8 +15,10 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from linvision.models._fusion import call_linear, fusible, gates_in_products, halves_of, unchanged
+from linvision.ops.autocast import cast_once
 from linvision.ops.convolution import causal_conv1d
-from linvision.ops.linear import Linear, cast_once, linear
+from linvision.ops.fused.linear import linear
+from linvision.ops.parameters import LinearParameters
 from linvision.ops.selective_scan import selective_scan
 
 Directions = Literal["v2", "v1", "forward", "backward"]
@@ -139,7 +141,7 @@ class MambaMixer(nn.Module):
         halve = self.halve and self.directions == "v2"
         if unchanged(self.out_proj):
             # Half of the weights instead of half of the sum: fewer numbers, and exactly the same result.
-            layer = Linear(self.out_proj.weight / 2 if halve else self.out_proj.weight)
+            layer = LinearParameters(self.out_proj.weight / 2 if halve else self.out_proj.weight)
             if self.gamma is None:
                 return linear(y, layer, gate=gate, residual=residual)
             out = linear(y, layer, gate=gate)
@@ -155,7 +157,7 @@ class MambaMixer(nn.Module):
         dt, B, C = call_linear(x_proj, u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         if not unchanged(dt_proj):
             return Projected(u, dt_proj(dt), None, B, C)
-        return Projected(u, linear(dt, Linear(dt_proj.weight)), dt_proj.bias, B, C)
+        return Projected(u, linear(dt, LinearParameters(dt_proj.weight)), dt_proj.bias, B, C)
 
     @staticmethod
     def _scan(

@@ -16,7 +16,7 @@ LARGEST_HEAP_BLOCK = 32 << 20  # the most that glibc takes for M_MMAP_THRESHOLD 
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to keep freed memory for this process; returns whether it was told.
+    """Set glibc to keep freed memory for this process; returns whether it does.
 
     It is left alone elsewhere than on Linux, with another allocator's library preloaded, where glibc's own environment
     variables already say something, and with LINVISION_KEEP_MEMORY=0.

@@ -5,7 +5,7 @@ import torch
 
 from linvision.ops import use_backend
 from tests.ops import kernels
-from tests.ops.test_block_diagonal import project, random_inputs
+from tests.ops.test_mlstm_inputs import project, random_inputs
 from tests.ops.triton_kernels import DEVICE, runs_kernels
 
 pytestmark = [runs_kernels, pytest.mark.usefixtures("nearest")]
