@@ -20,6 +20,8 @@ def scripts(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 @runs_kernels
 def test_cheap_sections_run_at_toy_sizes(tmp_path):
     command = [sys.executable, BENCHMARKS / "gpu_verification.py", "--smoke", "--only", "correctness,kernels"]
