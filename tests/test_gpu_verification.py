@@ -36,6 +36,17 @@ def test_cheap_sections_run_at_toy_sizes(tmp_path):
     assert "## kernels" in (tmp_path / "gpu.md").read_text()
 
 
+@runs_kernels
+def test_one_case_runs_at_a_toy_size(scripts):
+    import gpu_correctness
+    import gpu_section
+
+    first = next(iter(gpu_correctness.correctness()))
+    rows = list(gpu_section.attempts([first], perf_counter() + 3600))
+    assert rows
+    assert {row["right"] for row in rows} == {True}
+
+
 def test_without_a_gpu_the_script_says_so(monkeypatch, scripts, capsys):
     import gpu_verification
 

@@ -1,7 +1,8 @@
 """The Triton kernels compile for GPUs that are not there, as models launch them, and take no more than is recorded.
 
-``python benchmarks/compile_kernels.py`` does so for every type, head width and number of states. What the kernels of the
-tiny models take is recorded for some versions of Triton in ``compiled_kernels.json``: another compiler, other figures.
+``python benchmarks/compile_kernels.py`` does so for every type, head width and number of states. What the kernels of
+the tiny models take is recorded for some versions of Triton in ``compiled_kernels.json``: another compiler, other
+figures.
 """
 
 import json

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from linvision.ops import depthwise_conv2d, mlstm, selective_scan, use_backend
 from tests.ops import test_convolution, test_gated_norm, test_mlstm, test_mlstm_inputs, test_selective_scan
-from tests.ops.triton_kernels import DEVICE, runs_kernels
+from tests.ops.triton_kernels import DEVICE, long, runs_kernels
 
 pytestmark = runs_kernels
 NUM_APART = 6 * 2**29  # numbers of the room for 6 tokens with 2^29 elements from one to the next
@@ -42,7 +42,7 @@ def test_torch_accepts_the_mlstm(with_state):
     torch.library.opcheck(torch.ops.linvision.mlstm, (*inputs, *state, with_state, True))
 
 
-@pytest.mark.parametrize("given", [NAMES[:5], NAMES])
+@pytest.mark.parametrize("given", [long(NAMES[:5]), NAMES])
 def test_torch_accepts_the_selective_scan(given):
     inputs = scan_inputs(5)
     tensors = [inputs[name].requires_grad_() if name in given else None for name in NAMES]
