@@ -18,6 +18,8 @@ from functools import partial
 from itertools import groupby
 from typing import get_args
 
+from linvision.tasks.options import Checkpointing
+
 from linvision.bench.activations import Activations, count_activations
 from linvision.bench.contenders import Lineup, Setting
 from linvision.bench.machine import describe_machine, synchronize
@@ -25,7 +27,6 @@ from linvision.bench.measure import alternate, ratios, spread
 from linvision.bench.models import ModelContender, model_lineup
 from linvision.bench.probe import gpu_probe
 from linvision.bench.tables import Grid
-from linvision.devices import Checkpointing
 
 SHOWN = 0.01  # share of the bytes from which a kind of storage has a row of its own
 

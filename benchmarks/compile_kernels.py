@@ -28,8 +28,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from linvision.ops._selective_scan_tiled import Inputs, interval
-from linvision.ops.backends.triton import block_diagonal, convolution, device, gated_norm, mlstm, selective_scan
+from linvision.ops.backends.scan_inputs import Inputs, interval
+from linvision.ops.backends.triton import convolution, device, gated_norm, mlstm, mlstm_inputs, selective_scan
 
 KIB = 1024
 # The most shared memory that a block may have; of all of a generation, the least.
@@ -77,15 +77,15 @@ class Launch:
         return triton.compile(source, target=target, options=settings)
 
 
-def launches_of(run: Callable[[], Any], body: Any, target: GPUTarget) -> list[Launch]:
-    """List what a body would launch on such a GPU."""
+def launches_of(run: Callable[[], Any], implementation: Any, target: GPUTarget) -> list[Launch]:
+    """List what an implementation would launch on such a GPU."""
     found = []
 
     def note(kernel: Any, num_programs: int, *arguments: Any, like: Tensor, **options: Any) -> None:
         found.append(Launch(kernel, arguments, options))
 
     version = "0" if target.backend == "hip" else None
-    with mock.patch.object(body, "launch", note), mock.patch.object(torch.version, "hip", version):
+    with mock.patch.object(implementation, "launch", note), mock.patch.object(torch.version, "hip", version):
         run()
     return found
 
@@ -135,7 +135,7 @@ def convolution_launches(dtype: torch.dtype, kernel: tuple[int, int], target: GP
     return launches_of(run, convolution, target)
 
 
-def projection_launches(dtype: torch.dtype, target: GPUTarget) -> list[Launch]:
+def mlstm_inputs_launches(dtype: torch.dtype, target: GPUTarget) -> list[Launch]:
     """List the kernels of a forward and a backward pass of what an mLSTM of 4 heads is fed."""
     with torch.device("meta"):
         x, weight, bias = torch.empty(2, TOKENS, 384, dtype=dtype), torch.empty(96, 4, 4), torch.empty(384)
@@ -143,10 +143,10 @@ def projection_launches(dtype: torch.dtype, target: GPUTarget) -> list[Launch]:
     parameters = [weight] * 3, [bias] * 3, [of_heads] * 2, [gate_bias] * 2
 
     def run() -> None:
-        block_diagonal.forward(x, x, *parameters)
-        block_diagonal.backward([x, x, x, gate, gate], x, x, *parameters)
+        mlstm_inputs.forward(x, x, *parameters)
+        mlstm_inputs.backward([x, x, x, gate, gate], x, x, *parameters)
 
-    return launches_of(run, block_diagonal, target)
+    return launches_of(run, mlstm_inputs, target)
 
 
 def gated_norm_launches(dtype: torch.dtype, target: GPUTarget) -> list[Launch]:
@@ -253,7 +253,7 @@ def rows(
                 case = f"convolution {type_name} {kernel[0]}x{kernel[1]}"
                 yield from measure(name, case, convolution_launches(dtype, kernel, target))
             if kernels:
-                yield from measure(name, f"projections {type_name}", projection_launches(dtype, target))
+                yield from measure(name, f"mlstm_inputs {type_name}", mlstm_inputs_launches(dtype, target))
                 yield from measure(name, f"gated norm {type_name}", gated_norm_launches(dtype, target))
 
 
@@ -269,7 +269,7 @@ def main() -> int:
     parser.add_argument(
         "--kernels",
         default="3x3,1x4",
-        help="sides of convolutions, by commas, or nothing (then no projections and norms of ViL)",
+        help="sides of convolutions, by commas, or nothing (then no mlstm_inputs and gated norms of ViL)",
     )
     parser.add_argument("--stateless", action="store_true", help="no mLSTM that starts from a state and returns one")
     parser.add_argument("--json", action="store_true", help="a line of JSON a row")

@@ -123,15 +123,15 @@ def stateless_case(name: str, function: Callable, make: Callable[[torch.dtype], 
 
 
 def stateless_cases(type_name: str) -> Iterator[Case]:
-    """Compare what stands around the scans: convolution, projections with gates, gated norm."""
+    """Compare what stands around the scans: convolution, mlstm_inputs, gated norm."""
 
-    def projections(**inputs: Tensor) -> Tensor:
+    def together(**inputs: Tensor) -> Tensor:
         return torch.cat([y.double() for y in project(**inputs)], 2)
 
     grid, tokens = ((2, 3, 5), (3, 8)) if SMOKE else ((29, 27, 200), (785, 200))
     for name, function, make, size in (
         ("convolution", partial(depthwise_conv2d, activation="silu", reverse=True), convolution_inputs, grid),
-        ("projections", projections, projection_inputs, tokens),
+        ("mlstm_inputs", together, projection_inputs, tokens),
         ("gated norm", partial(gated_head_norm, eps=1e-5), gated_norm_inputs, tokens),
     ):
         yield stateless_case(name, function, lambda dtype, make=make, size=size: make(2, *size, dtype), type_name)
@@ -151,7 +151,7 @@ def ops() -> dict[str, tuple[Callable, Callable[[int, int], dict[str, Tensor]]]]
             partial(depthwise_conv2d, activation="silu"),
             lambda batch, tokens: convolution_inputs(batch, tokens, 1, width, HALF),
         ),
-        "projections": (project, lambda batch, tokens: projection_inputs(batch, tokens, width, HALF)),
+        "mlstm_inputs": (project, lambda batch, tokens: projection_inputs(batch, tokens, width, HALF)),
         "gated norm": (
             partial(gated_head_norm, eps=1e-5),
             lambda batch, tokens: gated_norm_inputs(batch, tokens, width, HALF),

@@ -17,7 +17,15 @@ from torch.nn.functional import logsigmoid, scaled_dot_product_attention
 from linvision import ops
 from linvision.bench.machine import measure_peaks, synchronize
 from linvision.bench.measure import alternate, spread
-from linvision.ops import BlockDiagonal, Gate, depthwise_conv2d, gated_head_norm, mlstm, selective_scan, use_backend
+from linvision.ops import (
+    BlockDiagonalParameters,
+    GateParameters,
+    depthwise_conv2d,
+    gated_head_norm,
+    mlstm,
+    selective_scan,
+    use_backend,
+)
 from linvision.ops.backends.triton.device import interpreted
 
 SMOKE = interpreted()
@@ -60,7 +68,7 @@ def convolution_inputs(batch: int, rows: int, columns: int, channels: int, dtype
 
 
 def projection_inputs(batch: int, tokens: int, width: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Make what ViL's projections and gates read, for four heads."""
+    """Make what ``mlstm_inputs`` reads, for four heads."""
     inputs = {name: noise(batch, tokens, width, dtype=dtype, seed=seed) for seed, name in enumerate("cx")}
     for seed, name in enumerate("qkv"):
         inputs[name] = noise(width // 4, 4, 4, seed=seed + 2) / 2
@@ -73,8 +81,8 @@ def projection_inputs(batch: int, tokens: int, width: int, dtype: torch.dtype) -
 
 def project(c: Tensor, x: Tensor, **parameters: Tensor) -> tuple[Tensor, ...]:
     """Compute q, k, v, i and f."""
-    q, k, v = (BlockDiagonal(parameters[name], parameters[f"{name}_bias"]) for name in "qkv")
-    i, f = (Gate(parameters[name], parameters[f"{name}_bias"]) for name in "if")
+    q, k, v = (BlockDiagonalParameters(parameters[name], parameters[f"{name}_bias"]) for name in "qkv")
+    i, f = (GateParameters(parameters[name], parameters[f"{name}_bias"]) for name in "if")
     return ops.mlstm_inputs(c, x, q, k, v, i=i, f=f)
 
 
@@ -125,7 +133,7 @@ def compiled_kernels() -> Iterator[Case]:
 def between_products(width: int, tokens: int, peaks: dict[str, Any], *, compiled: bool = False) -> Iterator[Case]:
     """Time the kernels of a ViL layer that do but move numbers.
 
-    The convolution of 3 x 3 tokens reads x and writes y, backward x, dy and dx; the projections make three tensors of
+    The convolution of 3 x 3 tokens reads x and writes y, backward x, dy and dx; mlstm_inputs makes three tensors of
     two, backward two of five; the gated norm one of three, backward three of four.
     """
     side = math.isqrt(tokens)
@@ -137,7 +145,7 @@ def between_products(width: int, tokens: int, peaks: dict[str, Any], *, compiled
             (2, 5),
         ),
         (
-            f"projections, E = {width}, S = {tokens}",
+            f"mlstm_inputs, E = {width}, S = {tokens}",
             project,
             lambda: projection_inputs(BATCH, tokens, width, HALF),
             (5, 12),

@@ -17,12 +17,12 @@ from statistics import median
 
 import timm
 import torch
+from linvision.models._l2vit_layers import LocalBlock
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 from linvision.bench.measure import alternate
-from linvision.models.l2vit.layers import LocalBlock
-from linvision.models.l2vit.model import L2ViT
+from linvision.models.l2vit import L2ViT
 
 
 def convolve(conv: nn.Module, x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -13,12 +13,12 @@ import argparse
 from collections import Counter
 
 import torch
+from linvision.tasks.loading import size_overrides
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import linvision
 from linvision.bench.machine import describe_machine, measure_peaks
-from linvision.models import size_overrides
 from linvision.ops import use_backend
 
 SHOWN = 0.005  # share of the time from which an operator has a row of its own

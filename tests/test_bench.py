@@ -5,7 +5,6 @@ import json
 import signal
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
-from functools import partial
 from importlib.util import find_spec
 
 import pytest
@@ -17,7 +16,7 @@ from linvision.bench.activations import count_activations
 from linvision.bench.command import bench, measure_setting
 from linvision.bench.contenders import Lineup, Setting, TrafficCounter, count_flops
 from linvision.bench.measure import alternate, crossover, growth_exponent, is_out_of_memory, ratios, spread
-from linvision.bench.models import ModelContender, model_lineup, replaced, yardstick
+from linvision.bench.models import ModelContender, model_lineup, yardstick
 from linvision.bench.ops import OPS, OpContender, op_lineup
 from linvision.bench.options import BenchOptions
 from linvision.bench.plan import make_plan
@@ -25,7 +24,7 @@ from linvision.bench.probe import CPUProbes, Probe, available_memory, interpret_
 from linvision.bench.report import Ratio, Report, Row, as_csv, as_json, crossovers, growth
 from linvision.bench.tables import grids
 from linvision.errors import BackendError, RunError, UsageError
-from linvision.ops import mlstm_parallel, projected_mlstm
+from linvision.ops import dispatch
 
 MINI = "vil2_mini_patch4_32"
 OUT_OF_MEMORY = RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
@@ -324,16 +323,19 @@ def test_the_kernels_of_a_device_are_named(monkeypatch):
     assert machine.kernels_on("meta") == "no Triton kernels: an old GPU"
 
 
-def test_a_model_runs_with_its_op_in_another_form():
+def test_a_model_runs_with_its_op_in_another_form(monkeypatch):
     torch.manual_seed(0)
     model, calls = linvision.create_model(MINI).eval(), []
     image = torch.randn(1, 3, 32, 32)
 
+    parallel = dispatch.OPS["mlstm"].forms["parallel"]
+
     def counted(*tensors, **options):
         calls.append(1)
-        return mlstm_parallel(*tensors, **options)
+        return parallel(*tensors, **options)
 
-    with torch.no_grad(), replaced(model, {projected_mlstm: partial(projected_mlstm, form=counted)}):
+    monkeypatch.setitem(dispatch.OPS["mlstm"].forms, "parallel", counted)
+    with torch.no_grad(), dispatch.use_backend("parallel"):
         other = model(image)
     assert len(calls) == 4, "the model has four mLSTM layers"
     with torch.no_grad():

@@ -20,6 +20,8 @@ def scripts(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 @runs_kernels
 def test_cheap_sections_run_at_toy_sizes(tmp_path):
     command = [sys.executable, BENCHMARKS / "gpu_verification.py", "--smoke", "--only", "correctness,kernels"]
@@ -32,6 +34,17 @@ def test_cheap_sections_run_at_toy_sizes(tmp_path):
     assert results["sections"]["kernels"][0]["case"] == "measured peaks"
     assert all(row["ours / floor"] > 0 for row in results["sections"]["kernels"][1:])
     assert "## kernels" in (tmp_path / "gpu.md").read_text()
+
+
+@runs_kernels
+def test_one_case_runs_at_a_toy_size(scripts):
+    import gpu_correctness
+    import gpu_section
+
+    first = next(iter(gpu_correctness.correctness()))
+    rows = list(gpu_section.attempts([first], perf_counter() + 3600))
+    assert rows
+    assert {row["right"] for row in rows} == {True}
 
 
 def test_without_a_gpu_the_script_says_so(monkeypatch, scripts, capsys):

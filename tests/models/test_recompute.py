@@ -11,7 +11,7 @@ from linvision.models.deit3.model import DeiT3
 from linvision.models.l2vit.model import L2ViT
 from linvision.models.vil.model import VisionLSTM, VisionLSTM2
 from linvision.models.vim.model import VisionMamba
-from linvision.ops.mlstm import BODIES
+from linvision.ops.mlstm import IMPLEMENTATIONS
 
 DIM = 64  # from which the products of a layer are kept
 SIDE, TOKENS = 32, 64
@@ -107,8 +107,8 @@ def test_what_is_dear_is_not_computed_again(selective, compiled, calls, monkeypa
     run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
     outcome(run)
     model.zero_grad()
-    choose, chosen = BODIES.choose, []
-    monkeypatch.setattr(BODIES, "choose", lambda *tensors: chosen.append(1) or choose(*tensors))
+    choose, chosen = IMPLEMENTATIONS.choose, []
+    monkeypatch.setattr(IMPLEMENTATIONS, "choose", lambda *tensors: chosen.append(1) or choose(*tensors))
     outcome(run)
     assert len(chosen) == calls  # forward and backward of two mLSTM, and without selection forward once more
     for key, parameter in model.named_parameters():

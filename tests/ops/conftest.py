@@ -6,15 +6,16 @@ from hypothesis import settings
 
 from linvision.ops import use_backend
 from linvision.ops.backends.cpp import library
+from tests.ops.kernels import NAMES
 
 # The same examples in every run: a change is judged by what it does, not by what was drawn.
 settings.register_profile("reproducible", derandomize=True)
 settings.load_profile("reproducible")
 
 
-@pytest.fixture(params=["plain", "cpp"])
+@pytest.fixture(params=NAMES)
 def backend(request):
-    """Run a test in each backend; the C++ one only where it was compiled."""
+    """Run a test in each backend for a CPU and in the reference form; in C++ only where it was compiled."""
     if request.param == "cpp" and library.missing():
         pytest.skip(f"cpp: {library.missing()}")
     with use_backend(request.param):

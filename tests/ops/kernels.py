@@ -7,14 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from linvision.ops import use_backend
+from linvision.ops import backends, use_backend
 from linvision.ops.backends.cpp import library as cpp
 from linvision.ops.backends.cpp.library import library, missing
 from tests.goldens import relative_error
 
 needs_kernels = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
-BACKENDS = ["plain", pytest.param("cpp", marks=needs_kernels)]
+NAMES = [name for name, backend in backends.BACKENDS.items() if backend.DEVICE in (None, "cpu")] + ["reference"]
+BACKENDS = [pytest.param(name, marks=[needs_kernels] * (name == "cpp")) for name in NAMES]
 LEVELS = range(len(cpp.LEVELS))  # one that this CPU lacks is tested as the best that it has
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -63,7 +64,7 @@ def assert_matches_float64(
         expected = results(function, [None if x is None else x.detach().double() for x in inputs])
     with use_backend(backend):
         actual = results(function, inputs)
-    if backend != "plain":  # compilers rely on what operators promise of their results
+    if backend not in ("plain", "reference"):  # compilers rely on what operators promise of their results
         assert all(gradient.is_contiguous() for gradient in actual[-sum(x is not None for x in inputs) :])
     first = next(x for x in inputs if x is not None)
     for place, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):

@@ -5,7 +5,8 @@ import platform
 import sys
 
 import pytest
-from linvision._allocator import keep_freed_memory
+
+from linvision.ops import keep_freed_memory
 
 ON_GLIBC = sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
 

@@ -1,15 +1,21 @@
-"""Which backend runs, what forcing one that cannot says, and that passing one over is said once."""
+"""Which implementation runs, what forcing one that cannot says, that passing one over is logged once; new backends."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from linvision import ops
+from linvision.bench.options import BenchOptions
+from linvision.bench.plan import make_plan
 from linvision.errors import BackendError
-from linvision.ops import mlstm, use_backend
+from linvision.ops import backend_names, backends, current_backend, mlstm, selective_scan, use_backend
+from linvision.ops.backends import cpp, plain, triton
 from linvision.ops.backends.cpp import library
-from linvision.ops.convolution import BODIES as CONVOLUTIONS
-from linvision.ops.mlstm import BODIES
+from linvision.ops.convolution import IMPLEMENTATIONS as CONVOLUTIONS
+from linvision.ops.dispatch import OPS
+from linvision.ops.mlstm import IMPLEMENTATIONS
 
 
 def inputs(dtype: torch.dtype = torch.float32, head_dim: int = 4) -> list[torch.Tensor]:
@@ -20,40 +26,103 @@ def inputs(dtype: torch.dtype = torch.float32, head_dim: int = 4) -> list[torch.
 def not_compiled(monkeypatch):
     """Act as if the package had been installed without a compiler."""
     monkeypatch.setattr(library, "library", lambda: None)
-    monkeypatch.setattr(BODIES, "told", set())
+    monkeypatch.setattr(IMPLEMENTATIONS, "logged", set())
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """Add a backend for a CPU, before all others; its mLSTM answers with zeros, and has no heads wider than 8."""
+    implementation = SimpleNamespace(
+        unsupported=lambda q: "wide heads" if q.shape[-1] > 8 else None,
+        forward=lambda q, k, v, i, f, state, **options: (torch.zeros_like(q), tuple(q.new_empty(0) for _ in range(3))),
+    )
+    backend = SimpleNamespace(DEVICE="cpu", IMPLEMENTATIONS={"mlstm": implementation})
+    monkeypatch.setattr(backends, "BACKENDS", {"toy": backend, **backends.BACKENDS})
+    monkeypatch.setattr(IMPLEMENTATIONS, "logged", set())
+    return implementation
+
+
+def test_a_new_backend_is_picked_forced_and_named(toy, caplog):
+    assert backend_names()[:2] == ("auto", "toy")
+    assert IMPLEMENTATIONS.choose(inputs()[0]) is toy
+    assert not mlstm(*inputs()).any()
+    with use_backend("toy"):
+        assert not mlstm(*inputs()).any()
+        with pytest.raises(BackendError, match="mlstm: backend 'toy' cannot run: wide heads"):
+            mlstm(*inputs(head_dim=16))
+        with pytest.raises(BackendError, match="selective_scan has no backend 'toy', only triton, cpp, plain"):
+            selective_scan(*(torch.ones(1, 2, 3) for _ in range(2)), torch.ones(3, 3), *(torch.ones(1, 2, 3),) * 2)
+        ops.causal_conv1d(torch.ones(1, 2, 3), torch.ones(3, 1, 2))  # left to plain PyTorch
+    with caplog.at_level(logging.WARNING, logger="linvision"):
+        assert mlstm(*inputs(head_dim=16)).any()
+    assert caplog.records[0].message.startswith("mlstm: toy kernels cannot run (wide heads)")
+    with (
+        pytest.raises(ValueError, match="'cuda' does not exist: use auto, toy, triton, cpp, plain"),
+        use_backend("cuda"),
+    ):
+        pass
+    assert make_plan(BenchOptions(backend="toy")).settings[0].backend == "toy"
+
+
+def test_backends_implement_known_ops_alone():
+    for name, backend in backends.BACKENDS.items():
+        assert backend.IMPLEMENTATIONS.keys() <= OPS.keys(), name
+        assert all(callable(one.unsupported) and callable(one.forward) for one in backend.IMPLEMENTATIONS.values())
+    assert list(backends.BACKENDS) == [*backends.NAMES]
 
 
 def test_auto_takes_the_kernels_where_they_can_run():
     if library.missing():
         pytest.skip("not compiled")
-    assert BODIES.choose(*inputs()) is BODIES.bodies["cpp"]
-    assert BODIES.choose(*inputs(torch.float64)) is BODIES.bodies["plain"]
+    assert IMPLEMENTATIONS.choose(*inputs()[:1]) is cpp.mlstm
+    assert IMPLEMENTATIONS.choose(*inputs(torch.float64)[:1]) is plain.mlstm
 
 
 def test_gradients_take_the_kernels_of_the_device_unless_others_are_forced():
     if library.missing():
         pytest.skip("not compiled")
     tensors = torch.randn(1, 2, 2, 4), torch.randn(4, 1, 3, 3)
-    assert CONVOLUTIONS.kernels(*tensors) is CONVOLUTIONS.bodies["cpp"]
+    assert CONVOLUTIONS.kernels(*tensors) is cpp.convolution
     with use_backend("plain"):
-        assert CONVOLUTIONS.kernels(*tensors) is CONVOLUTIONS.bodies["cpp"]
-    if CONVOLUTIONS.bodies["triton"].refuses(*tensors) is None:  # interpreted, as in these tests without a GPU
+        assert CONVOLUTIONS.kernels(*tensors) is cpp.convolution
+    if triton.convolution.unsupported(*tensors) is None:  # interpreted, as in these tests without a GPU
         with use_backend("triton"):
-            assert CONVOLUTIONS.kernels(*tensors) is CONVOLUTIONS.bodies["triton"]
+            assert CONVOLUTIONS.kernels(*tensors) is triton.convolution
 
 
 def test_a_backend_is_used_within_its_context_only():
-    outside = BODIES.choose(*inputs())
+    q, *_ = inputs()
+    outside = IMPLEMENTATIONS.choose(q)
+    assert current_backend() == "auto"
     with use_backend("plain"):
-        assert BODIES.choose(*inputs()) is BODIES.bodies["plain"]
+        assert IMPLEMENTATIONS.choose(q) is plain.mlstm
         with use_backend("auto"):
-            assert BODIES.choose(*inputs()) is outside
-        assert BODIES.choose(*inputs()) is BODIES.bodies["plain"]
-    assert BODIES.choose(*inputs()) is outside
+            assert IMPLEMENTATIONS.choose(q) is outside
+        assert current_backend() == "plain"
+        assert IMPLEMENTATIONS.choose(q) is plain.mlstm
+    assert IMPLEMENTATIONS.choose(q) is outside
+    assert current_backend() == "auto"
+
+
+def test_forms_run_where_an_op_has_them_and_the_rest_as_usual():
+    q, *_ = tensors = inputs()
+    expected = mlstm(*tensors)
+    for form in ("reference", "parallel", "sequential"):
+        with use_backend(form):
+            torch.testing.assert_close(mlstm(*tensors), expected)
+            assert IMPLEMENTATIONS.form() is not None
+    with use_backend("parallel"):
+        assert OPS["selective_scan"].form() is None
+        assert CONVOLUTIONS.choose(torch.ones(1, 2, 2, 4), torch.ones(4, 1, 3, 3)) is not None
+        with pytest.raises(BackendError, match="hands no states on"):
+            mlstm(*tensors, return_state=True)
+    assert all(op.forms["reference"] is not None for op in OPS.values())
+    assert IMPLEMENTATIONS.choose(q) is not None
 
 
 def test_unknown_backends_are_refused():
-    with pytest.raises(ValueError, match="'cuda' does not exist: use auto, triton, cpp, plain"), use_backend("cuda"):
+    names = "auto, triton, cpp, plain, reference, parallel, sequential"
+    with pytest.raises(ValueError, match=f"'cuda' does not exist: use {names}"), use_backend("cuda"):
         pass
 
 

@@ -150,5 +150,5 @@ def test_wrong_types_and_devices():
     inputs = random_inputs(2, 5, 3, 8)
     with pytest.raises(ValueError, match="one floating-point type"):
         gated(inputs[0].double(), *inputs[1:])
-    with pytest.raises(ValueError, match="but h on"):
+    with pytest.raises(ValueError, match="c is on meta and h on cpu"):
         gated(inputs[0], inputs[1].to("meta"), *inputs[2:])

@@ -11,19 +11,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from linvision.ops import use_backend
 from linvision.ops.backends.cpp import linear as cpp_linear
-from linvision.ops.linear import LayerNorm, Linear, linear, mlp
+from linvision.ops.fused import linear, mlp
+from linvision.ops.parameters import LayerNormParameters, LinearParameters
 from tests.goldens import relative_error
 from tests.ops import kernels
 
 
 def random_layer(generator, inputs, outputs, dtype, *, bias=True):
     weight = (torch.randn(outputs, inputs, generator=generator) / inputs**0.5).to(dtype)
-    return Linear(weight, torch.randn(outputs, generator=generator) if bias else None)
+    return LinearParameters(weight, torch.randn(outputs, generator=generator) if bias else None)
 
 
 def random_norm(generator, width, *, bias=True):
     weight = 1 + torch.randn(width, generator=generator) / 4
-    return LayerNorm(weight, torch.randn(width, generator=generator) if bias else None, 1e-5)
+    return LayerNormParameters(weight, torch.randn(width, generator=generator) if bias else None, 1e-5)
 
 
 def double(parameters):
@@ -120,7 +121,7 @@ def test_any_size(rows, inputs, outputs, norm, residual):
 @torch.no_grad()
 def test_gelu_over_its_whole_range(backend):
     x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([-1e30, -0.0, 1e30, 1e-30])])[:, None]
-    one = Linear(torch.ones(1, 1))
+    one = LinearParameters(torch.ones(1, 1))
     with use_backend(backend):
         torch.testing.assert_close(mlp(x, one, one), F.gelu(x.double()).float(), rtol=1e-6, atol=2e-6)
         assert mlp(torch.full((1, 1), torch.nan), one, one).isnan().all()
@@ -137,7 +138,7 @@ def test_views_are_read_where_they_lie(backend):
         with use_backend(backend):
             expected = linear(x.contiguous(), layer, norm=norm, residual=residual.contiguous())
             torch.testing.assert_close(linear(x, layer, norm=norm, residual=residual), expected)
-        transposed = Linear(layer.weight.T.contiguous().T, layer.bias)
+        transposed = LinearParameters(layer.weight.T.contiguous().T, layer.bias)
         with use_backend(backend):
             torch.testing.assert_close(linear(x, transposed, norm=norm, residual=residual), expected)
 
@@ -146,7 +147,7 @@ def test_views_are_read_where_they_lie(backend):
 def test_kernels_run_without_gradients_only(monkeypatch):
     calls = []
     monkeypatch.setattr(cpp_linear, "call", lambda name, arguments: calls.append(name))
-    x, layer = torch.randn(3, 4), Linear(torch.randn(5, 4))
+    x, layer = torch.randn(3, 4), LinearParameters(torch.randn(5, 4))
     linear(x, layer)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert linear(x, layer).dtype == torch.bfloat16
@@ -165,8 +166,14 @@ def test_gradients():
     norm = random_norm(generator, 4)[:2]
 
     def function(x, residual, w1, b1, w2, b2, weight, bias):
-        y = mlp(x, Linear(w1, b1), Linear(w2, b2), norm=LayerNorm(weight, bias), residual=residual)
-        return linear(y, Linear(w1, b1), norm=LayerNorm(weight, bias))
+        y = mlp(
+            x,
+            LinearParameters(w1, b1),
+            LinearParameters(w2, b2),
+            norm=LayerNormParameters(weight, bias),
+            residual=residual,
+        )
+        return linear(y, LinearParameters(w1, b1), norm=LayerNormParameters(weight, bias))
 
     leaves = [tensor.double().requires_grad_() for tensor in (x, residual, *parameters, *norm)]
     assert torch.autograd.gradcheck(function, leaves)
@@ -182,7 +189,7 @@ def test_forward_mode_derivatives():
 @kernels.needs_kernels
 @torch.no_grad()
 def test_operations_are_counted():
-    x, first, second = torch.randn(10, 4), Linear(torch.randn(6, 4)), Linear(torch.randn(3, 6))
+    x, first, second = torch.randn(10, 4), LinearParameters(torch.randn(6, 4)), LinearParameters(torch.randn(3, 6))
     with FlopCounterMode(display=False) as counter:
         linear(x, first)
         assert counter.get_total_flops() == 2 * 10 * 24
@@ -222,22 +229,22 @@ def test_compile_fuses_the_plain_expression():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(3, 5)}, "weight must be"),
+        ({"x": torch.zeros(3, 5)}, "layer.weight must have shape"),
         ({"x": torch.tensor(1.0)}, "weight must be"),
-        ({"layer": Linear(torch.zeros(6, 4), torch.zeros(5))}, "must have shape"),
-        ({"layer": Linear(torch.zeros(0, 4))}, "weight must be"),
-        ({"layer": Linear(torch.zeros(6, 4).double())}, "must have one type"),
-        ({"layer": Linear(torch.zeros(6, 4), torch.zeros(6, device="meta"))}, "x's device"),
-        ({"layer": Linear(torch.zeros(6, 4), torch.zeros(6, dtype=torch.int32))}, "floating-point"),
-        ({"norm": LayerNorm(torch.zeros(5))}, "must have shape"),
-        ({"norm": LayerNorm(None)}, "without a weight"),
+        ({"layer": LinearParameters(torch.zeros(6, 4), torch.zeros(5))}, "must have shape"),
+        ({"layer": LinearParameters(torch.zeros(0, 4))}, "weight must be"),
+        ({"layer": LinearParameters(torch.zeros(6, 4).double())}, "one floating-point type"),
+        ({"layer": LinearParameters(torch.zeros(6, 4), torch.zeros(6, device="meta"))}, "on one device"),
+        ({"layer": LinearParameters(torch.zeros(6, 4), torch.zeros(6, dtype=torch.int32))}, "floating-point"),
+        ({"norm": LayerNormParameters(torch.zeros(5))}, "must have shape"),
+        ({"norm": LayerNormParameters(None)}, "without a weight"),
         ({"gate": torch.zeros(3, 6)}, "gate must have shape"),
         ({"residual": torch.zeros(3, 5)}, "residual must have shape"),
-        ({"residual": torch.zeros(3, 6).double()}, "residual must have shape"),
+        ({"residual": torch.zeros(3, 6).double()}, "residual is torch.float64"),
     ],
 )
 @torch.no_grad()
 def test_wrong_inputs(change, message):
-    arguments = {"x": torch.zeros(3, 4), "layer": Linear(torch.zeros(6, 4)), **change}
+    arguments = {"x": torch.zeros(3, 4), "layer": LinearParameters(torch.zeros(6, 4)), **change}
     with pytest.raises(ValueError, match=message):
         linear(**arguments)

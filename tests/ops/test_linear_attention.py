@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from linvision.ops.linear_attention import linear_attention
+from linvision.ops import linear_attention
 
 
 def inputs(num_tokens: int = 11, *, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> list[Tensor]:
@@ -57,7 +57,7 @@ def test_views_of_a_fused_projection():
 
 def test_inputs_that_disagree_are_named():
     q, k, v, temperature = inputs()
-    with pytest.raises(ValueError, match=r"one shape \(B, S, H, D\)"):
+    with pytest.raises(ValueError, match=r"k must have shape \(B, S, H, D\)"):
         linear_attention(q, k[:, :5], v, temperature)
     with pytest.raises(ValueError, match="linear_attention"):
         linear_attention(q, k, v, temperature[:2])

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from linvision.ops import MLSTMState, mlstm, mlstm_parallel, mlstm_recurrent, use_backend
-from linvision.ops._mlstm_chunkwise import chunk_length
 from linvision.ops.backends.cpp import library
+from linvision.ops.backends.plain.mlstm import chunk_length
 from tests import goldens
 
 FORMS = [mlstm, mlstm_parallel, mlstm_recurrent]
@@ -145,9 +145,10 @@ def test_compile_and_export(backend):
         def forward(self, q, k, v, i, f):
             return mlstm(q, k, v, i, f)
 
-    tokens = torch.export.Dim("tokens", min=2, max=4096)
-    program = torch.export.export(Mixer(), tuple(inputs), dynamic_shapes=[{1: tokens}] * 5)
-    other = random_inputs(131, 4, dtype=torch.float32)
+    batch, tokens = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("tokens", min=2, max=4096)
+    dynamic = {0: batch} if backend == "reference" else {0: batch, 1: tokens}
+    program = torch.export.export(Mixer(), tuple(inputs), dynamic_shapes=[dynamic] * 5)
+    other = random_inputs(70 if backend == "reference" else 131, 4, batch=3, dtype=torch.float32)
     torch.testing.assert_close(program.module()(*other), mlstm(*other))
 
 
@@ -258,8 +259,8 @@ def test_chunks_cover_the_sequence_and_pad_less_than_one_chunk(num_tokens, head_
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"k": torch.zeros(2, 5, 2, 3)}, "one shape"),
-        ({"i": torch.zeros(2, 2, 5)}, "gates i and f must have shape"),
+        ({"k": torch.zeros(2, 5, 2, 3)}, r"k must have shape \(B, S, H, D\) = \(2, 5, 2, 4\)"),
+        ({"i": torch.zeros(2, 2, 5)}, r"i must have shape \(B, S, H\)"),
         ({"f": torch.zeros(2, 5, 2, dtype=torch.int64)}, "floating-point"),
         ({"v": torch.zeros(2, 5, 2, 4, dtype=torch.float64)}, "one floating-point type"),
         ({"v": torch.zeros(2, 5, 2, 4, device="meta")}, "one device"),

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from linvision.errors import BackendError
-from linvision.ops import BlockDiagonal, Gate, projected_mlstm, use_backend
+from linvision.ops import BlockDiagonalParameters, GateParameters, use_backend
+from linvision.ops.fused import projected_mlstm
 from tests.goldens import relative_error
 from tests.ops import kernels
 
@@ -28,8 +29,8 @@ def random_inputs(batch, tokens, heads, head_dim, *, dtype=torch.float32, bias=T
 
 
 def compute(c, x, wq, wk, wv, bq, bk, bv, wi, wf, bi, bf, *, reverse=False):
-    projections = (BlockDiagonal(wq, bq), BlockDiagonal(wk, bk), BlockDiagonal(wv, bv))
-    return projected_mlstm(c, x, *projections, i=Gate(wi, bi), f=Gate(wf, bf), reverse=reverse)
+    projections = (BlockDiagonalParameters(wq, bq), BlockDiagonalParameters(wk, bk), BlockDiagonalParameters(wv, bv))
+    return projected_mlstm(c, x, *projections, i=GateParameters(wi, bi), f=GateParameters(wf, bf), reverse=reverse)
 
 
 def assert_matches_float64(inputs, *, reverse):
@@ -114,9 +115,9 @@ def test_flops_do_not_depend_on_the_backend():
 @pytest.mark.parametrize(
     ("place", "shape", "message"),
     [
-        (0, (2, 5, 20), "one shape"),
+        (0, (2, 5, 20), "x must have shape"),
         (9, (2, 12), "f.weight must have shape"),
-        (11, (3,), "i.weight must have shape"),
+        (11, (3,), "f.bias must have shape"),
         ((0, 1), (2, 0, 16), "at least one token"),
     ],
 )

@@ -7,7 +7,7 @@ from linvision.errors import BackendError
 from linvision.ops import depthwise_conv2d, use_backend
 from tests.ops import kernels
 from tests.ops.test_convolution import causal_conv, grid_conv, grid_inputs, sequence_inputs
-from tests.ops.triton_kernels import DEVICE, runs_kernels
+from tests.ops.triton_kernels import DEVICE, long, runs_kernels
 
 pytestmark = [runs_kernels, pytest.mark.usefixtures("nearest")]
 
@@ -35,7 +35,7 @@ def test_grids(shape, kernel, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("shape", "kernel"), [((2, 1, 16), 4), ((1, 300, 6), 4), ((2, 5, 7), 2)])
+@pytest.mark.parametrize(("shape", "kernel"), [((2, 1, 16), 4), long((1, 300, 6), 4), ((1, 40, 6), 4), ((2, 5, 7), 2)])
 def test_sequences(shape, kernel, dtype):
     for activation, reverse in ((None, True), ("silu", False), ("silu", True)):
         assert_kernels_agree(

@@ -7,14 +7,17 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from linvision.errors import BackendError
-from linvision.ops import mlstm, selective_scan, use_backend
+from linvision.ops import backends, mlstm, selective_scan, use_backend
 from linvision.ops.backends.triton import device
-from linvision.ops.mlstm import BODIES as MLSTM_BODIES
-from linvision.ops.selective_scan import BODIES as SCAN_BODIES
+from linvision.ops.dispatch import OPS
 from tests.ops import test_mlstm, test_selective_scan
 from tests.ops.triton_kernels import DEVICE, runs_kernels
 
-OPS = {"mlstm": MLSTM_BODIES, "selective_scan": SCAN_BODIES}
+MIXERS = ("mlstm", "selective_scan")
+
+
+def implementation(backend: str, op: str):
+    return backends.BACKENDS[backend].IMPLEMENTATIONS[op]
 
 
 @pytest.fixture
@@ -24,21 +27,20 @@ def on_gpu(monkeypatch):
     def choose(op: str, capability: tuple[int, int], *, dtype=torch.bfloat16, head_dim=96, num_states=16):
         monkeypatch.setattr(device, "interpreted", lambda: False)
         monkeypatch.setattr(device, "_capability", lambda _: capability)
-        monkeypatch.setattr(OPS[op], "told", set())
+        monkeypatch.setattr(OPS[op], "logged", set())
         with FakeTensorMode():
-            q, u = (torch.empty(2, 5, 4, head_dim), torch.empty(2, 5, 4))
-            gate, A, B = torch.empty(2, 5, 4), torch.empty(4, num_states), torch.empty(2, 5, num_states)
-            tensors = (q, q, q, gate, gate) if op == "mlstm" else (u, u, A, B, B)
+            u, A = torch.empty(2, 5, 4), torch.empty(4, num_states)
+            tensors = (torch.empty(2, 5, 4, head_dim),) if op == "mlstm" else (u, A)
             return OPS[op].choose(*(x.to("cuda:0", dtype) for x in tensors))
 
     return choose
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", MIXERS)
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (12, 0)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_auto_takes_the_kernels_on_a_gpu(op, capability, dtype, on_gpu):
-    assert on_gpu(op, capability, dtype=dtype) is OPS[op].bodies["triton"]
+    assert on_gpu(op, capability, dtype=dtype) is implementation("triton", op)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +57,7 @@ def test_auto_takes_the_kernels_on_a_gpu(op, capability, dtype, on_gpu):
 def test_what_a_gpu_cannot_run_falls_back_by_name_and_raises_if_forced(op, changes, reason, on_gpu, caplog):
     arguments = {"capability": (9, 0)} | changes
     with caplog.at_level(logging.WARNING, logger="linvision"):
-        assert on_gpu(op, **arguments) is OPS[op].bodies["plain"]
+        assert on_gpu(op, **arguments) is implementation("plain", op)
     expected = f"{op}: triton kernels cannot run ({reason}); a slower backend computes the same"
     assert [record.message for record in caplog.records] == [expected]
     with use_backend("triton"), pytest.raises(BackendError, match=f"{op}: backend 'triton' cannot run: {reason}"):
@@ -64,13 +66,13 @@ def test_what_a_gpu_cannot_run_falls_back_by_name_and_raises_if_forced(op, chang
 
 def test_a_gpu_without_triton_falls_back_by_name(on_gpu, monkeypatch, caplog):
     monkeypatch.setattr(device, "find_spec", lambda _: None)
-    assert on_gpu("mlstm", (9, 0)) is MLSTM_BODIES.bodies["plain"]
+    assert on_gpu("mlstm", (9, 0)) is implementation("plain", "mlstm")
     assert "triton is not installed" in caplog.text
 
 
 def test_gpus_of_amd_have_no_capability_to_ask_for(on_gpu, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert on_gpu("mlstm", (0, 0)) is MLSTM_BODIES.bodies["triton"]
+    assert on_gpu("mlstm", (0, 0)) is implementation("triton", "mlstm")
 
 
 def test_without_a_gpu_nothing_is_said_and_forcing_the_kernels_raises(monkeypatch, caplog):
@@ -95,7 +97,7 @@ def test_tensors_on_two_devices_are_refused():
     with use_backend("triton"):
         with pytest.raises(ValueError, match="mlstm: all tensors must be on one device"):
             mlstm(q, k, v, i.to("meta"), f)
-        with pytest.raises(ValueError, match="residual is on meta but u on cpu"):
+        with pytest.raises(ValueError, match="residual is on meta and u on cpu"):
             selective_scan(**scan | {"residual": scan["residual"].to("meta")})
 
 

@@ -6,7 +6,7 @@ import torch
 from linvision.ops import gated_head_norm, use_backend
 from tests.ops import kernels
 from tests.ops.test_gated_norm import EPS, gated, random_inputs
-from tests.ops.triton_kernels import DEVICE, runs_kernels
+from tests.ops.triton_kernels import DEVICE, long, runs_kernels
 
 pytestmark = [runs_kernels, pytest.mark.usefixtures("nearest")]
 
@@ -17,7 +17,17 @@ def inputs(*size, dtype=torch.float32, bias=True):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "size", [(2, 1, 1, 4), (2, 7, 4, 16), (1, 13, 3, 5), (1, 530, 2, 96), (2, 3, 1, 384), (0, 5, 2, 4), (1, 0, 2, 4)]
+    "size",
+    [
+        (2, 1, 1, 4),
+        (2, 7, 4, 16),
+        (1, 13, 3, 5),
+        (1, 60, 2, 96),
+        (2, 3, 1, 384),
+        (0, 5, 2, 4),
+        (1, 0, 2, 4),
+        long((1, 530, 2, 96)),
+    ],
 )
 def test_definition(size, dtype):
     for bias in (True, False):

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from linvision.ops import MLSTMState, mlstm, mlstm_recurrent, use_backend
-from linvision.ops.backends.triton import mlstm as body
+from linvision.ops.backends.triton import mlstm as implementation
 from tests import goldens
 from tests.ops.test_mlstm import random_inputs
-from tests.ops.triton_kernels import DEVICE, runs_kernels
+from tests.ops.triton_kernels import DEVICE, long, runs_kernels
 
 pytestmark = [runs_kernels, pytest.mark.usefixtures("nearest")]
 # Relative errors that are allowed: of outputs and of gradients.
@@ -20,9 +20,9 @@ def small_tiles(request, monkeypatch):
     """Cut even short sequences into several chunks of several tiles; wide states into few, as interpreting is slow."""
     if "own_tiles" in request.fixturenames:
         return
-    monkeypatch.setattr(body, "CHUNK", 32)
-    monkeypatch.setattr(body, "GATE_BLOCK", 64)
-    monkeypatch.setattr(body, "TILES", dict.fromkeys(body.TILES, (16, 128, 64, 128)))
+    monkeypatch.setattr(implementation, "CHUNK", 32)
+    monkeypatch.setattr(implementation, "GATE_BLOCK", 64)
+    monkeypatch.setattr(implementation, "TILES", dict.fromkeys(implementation.TILES, (16, 128, 64, 128)))
 
 
 @pytest.fixture
@@ -89,11 +89,11 @@ def assert_kernels_agree(
         (65, 48, True, False, False),
         (33, 96, True, True, True),
         (67, 96, False, False, False),
-        (35, 192, False, True, True),
+        long(35, 192, False, True, True),
         (17, 192, True, False, False),
-        (35, 192, True, False, False),
-        (33, 384, True, True, True),
-        (33, 384, False, False, False),
+        long(35, 192, True, False, False),
+        long(33, 384, True, True, True),
+        long(33, 384, False, False, False),
     ],
 )
 def test_kernels_agree_with_the_definition(num_tokens, head_dim, reverse, state_in, state_out):
@@ -105,7 +105,11 @@ def test_kernels_agree_with_the_definition(num_tokens, head_dim, reverse, state_
 
 @pytest.mark.parametrize(
     ("dtype", "head_dim"),
-    [(torch.float16, 48), *((torch.bfloat16, head_dim) for head_dim in (48, 96, 192, 384))],
+    [
+        (torch.float16, 48),
+        *((torch.bfloat16, width) for width in (48, 96)),
+        *(long(torch.bfloat16, w) for w in (192, 384)),
+    ],
 )
 @pytest.mark.parametrize("states", [False, True])
 def test_half_precision(dtype, head_dim, states):
@@ -115,7 +119,9 @@ def test_half_precision(dtype, head_dim, states):
     assert_kernels_agree(inputs, state, state_out=states, reverse=states, allowance=3)
 
 
-@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 96), (torch.float32, 96), (torch.float16, 192)])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"), [(torch.bfloat16, 96), long(torch.float32, 96), long(torch.float16, 192)]
+)
 @pytest.mark.usefixtures("own_tiles")
 def test_tiles_as_models_use_them(dtype, head_dim):
     inputs = random_inputs(331, head_dim, batch=1, num_heads=1, dtype=dtype)

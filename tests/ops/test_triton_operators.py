@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from linvision.ops import depthwise_conv2d, mlstm, selective_scan, use_backend
-from tests.ops import test_block_diagonal, test_convolution, test_gated_norm, test_mlstm, test_selective_scan
-from tests.ops.triton_kernels import DEVICE, runs_kernels
+from tests.ops import test_convolution, test_gated_norm, test_mlstm, test_mlstm_inputs, test_selective_scan
+from tests.ops.triton_kernels import DEVICE, long, runs_kernels
 
 pytestmark = runs_kernels
 NUM_APART = 6 * 2**29  # numbers of the room for 6 tokens with 2^29 elements from one to the next
@@ -42,7 +42,7 @@ def test_torch_accepts_the_mlstm(with_state):
     torch.library.opcheck(torch.ops.linvision.mlstm, (*inputs, *state, with_state, True))
 
 
-@pytest.mark.parametrize("given", [NAMES[:5], NAMES])
+@pytest.mark.parametrize("given", [long(NAMES[:5]), NAMES])
 def test_torch_accepts_the_selective_scan(given):
     inputs = scan_inputs(5)
     tensors = [inputs[name].requires_grad_() if name in given else None for name in NAMES]
@@ -71,8 +71,8 @@ def test_compilers_see_no_break_forward_and_backward():
     assert_compiled_is_eager(lambda *x: selective_scan(**dict(zip(scan, x, strict=True))), list(scan.values()))
     grid = [x.to(DEVICE) for x in test_convolution.grid_inputs((1, 3, 2, 4), (3, 3))]
     assert_compiled_is_eager(lambda *x: depthwise_conv2d(*x, activation="silu"), grid)
-    projected = [x.to(DEVICE) for x in test_block_diagonal.random_inputs(1, 5, 12, 2)]
-    assert_compiled_is_eager(lambda *x: torch.cat([y.flatten() for y in test_block_diagonal.project(*x)]), projected)
+    projected = [x.to(DEVICE) for x in test_mlstm_inputs.random_inputs(1, 5, 12, 2)]
+    assert_compiled_is_eager(lambda *x: torch.cat([y.flatten() for y in test_mlstm_inputs.project(*x)]), projected)
     heads = [x.to(DEVICE) for x in test_gated_norm.random_inputs(1, 5, 2, 4)]
     assert_compiled_is_eager(test_gated_norm.gated, heads)
 

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from linvision.ops import selective_scan, selective_scan_sequential, use_backend
-from linvision.ops.backends.triton import selective_scan as body
+from linvision.ops.backends.triton import selective_scan as implementation
 from tests import goldens
 from tests.ops.test_selective_scan import gradients, random_inputs
-from tests.ops.triton_kernels import DEVICE, runs_kernels
+from tests.ops.triton_kernels import DEVICE, long, runs_kernels
 
 pytestmark = [runs_kernels, pytest.mark.usefixtures("nearest")]
 # Relative errors that are allowed.
@@ -33,7 +33,14 @@ def assert_kernels_agree(inputs: dict[str, Tensor], *, reverse: bool) -> None:
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(
     ("num_tokens", "num_states", "width", "options"),
-    [(1, 1, 6, True), (16, 3, 40, False), (18, 16, 40, True), (33, 16, 6, True), (19, 17, 3, True), (65, 64, 2, True)],
+    [
+        (1, 1, 6, True),
+        (16, 3, 40, False),
+        long(18, 16, 40, True),
+        (33, 16, 6, True),
+        long(19, 17, 3, True),
+        long(65, 64, 2, True),
+    ],
 )
 def test_kernels_agree_with_the_definition(num_tokens, num_states, width, options, reverse):
     inputs = random_inputs(
@@ -43,8 +50,15 @@ def test_kernels_agree_with_the_definition(num_tokens, num_states, width, option
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("place", [0, 18])
-@pytest.mark.parametrize("name", ["u", "delta", "B", "C", "z"])
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("u", 0),
+        ("delta", 18),
+        ("C", 18),
+        *(long(name, place) for name in ("delta", "B", "C", "z") for place in (0, 18)),
+    ],
+)
 def test_nan_reaches_what_it_must_and_no_more(name, place, reverse):
     inputs = random_inputs(19, width=3, batch=1, num_states=3, dtype=torch.float32)
     inputs[name][:, place, 1] = torch.nan
@@ -58,7 +72,7 @@ def test_nan_reaches_what_it_must_and_no_more(name, place, reverse):
         assert torch.equal(ours[key].isnan().cpu(), x.isnan()), key
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [long(torch.float16), torch.bfloat16])
 def test_half_precision(dtype):
     assert_kernels_agree(random_inputs(21, num_states=4, dtype=dtype), reverse=True)
 
@@ -79,7 +93,7 @@ def test_large_steps_keep_their_precision():
     assert_kernels_agree(inputs, reverse=False)
 
 
-@pytest.mark.parametrize("left_out", [("residual",), ("z",), ("z", "D"), ("delta_bias", "initial_state")])
+@pytest.mark.parametrize("left_out", [("residual",), long(("z",)), ("z", "D"), long(("delta_bias", "initial_state"))])
 def test_some_options_without_the_others(left_out):
     inputs = random_inputs(18, batch=1, dtype=torch.float32)
     assert_kernels_agree({name: x for name, x in inputs.items() if name not in left_out}, reverse=True)
@@ -132,4 +146,4 @@ def test_an_empty_batch_has_an_empty_answer():
 
 
 def test_a_tile_is_a_warp_wide_or_the_channels_that_there_are():
-    assert [body._channels(width) for width in (1, 6, 32, 768)] == [1, 8, 32, 32]
+    assert [implementation._channels(width) for width in (1, 6, 32, 768)] == [1, 8, 32, 32]

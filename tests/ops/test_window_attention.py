@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from linvision.ops import use_backend
 from linvision.ops.backends.cpp import window_attention as cpp_window_attention
-from linvision.ops.linear import LayerNorm, Linear
-from linvision.ops.window_attention import window_attention
+from linvision.ops.fused import window_attention
+from linvision.ops.parameters import LayerNormParameters, LinearParameters
 from tests.goldens import relative_error
 from tests.ops import kernels
 
@@ -22,9 +22,14 @@ def random_inputs(batch, rows, columns, width, dtype=torch.float32):
     def random(*shape):
         return torch.randn(shape, generator=generator)
 
-    qkv = Linear((2 * random(3 * width, width) / width**0.5).to(dtype), random(3 * width))
-    proj = Linear((random(width, width) / width**0.5).to(dtype), random(width))
-    return random(batch, rows, columns, width).to(dtype), qkv, proj, LayerNorm(1 + random(width) / 4, random(width))
+    qkv = LinearParameters((2 * random(3 * width, width) / width**0.5).to(dtype), random(3 * width))
+    proj = LinearParameters((random(width, width) / width**0.5).to(dtype), random(width))
+    return (
+        random(batch, rows, columns, width).to(dtype),
+        qkv,
+        proj,
+        LayerNormParameters(1 + random(width) / 4, random(width)),
+    )
 
 
 def attend(inputs, num_heads, window_size):
@@ -109,7 +114,7 @@ def test_any_size(batch, rows, columns, num_heads, head_dim, window_size):
 @torch.no_grad()
 def test_large_scores_and_nan(backend):
     x, qkv, proj, norm = random_inputs(1, 7, 14, 32)
-    large = Linear(300 * qkv.weight, qkv.bias)
+    large = LinearParameters(300 * qkv.weight, qkv.bias)
     expected = token_by_token((x, large, proj, norm), 2, 7)
     with use_backend(backend):
         y = attend((x, large, proj, norm), 2, 7)
@@ -139,7 +144,7 @@ def test_gradients():
     leaves = [tensor.double().requires_grad_() for tensor in (x, *qkv, *proj, *norm[:2])]
 
     def function(x, w1, b1, w2, b2, weight, bias):
-        return attend((x, Linear(w1, b1), Linear(w2, b2), LayerNorm(weight, bias)), 2, 2)
+        return attend((x, LinearParameters(w1, b1), LinearParameters(w2, b2), LayerNormParameters(weight, bias)), 2, 2)
 
     assert torch.autograd.gradcheck(function, leaves)
 
@@ -177,12 +182,12 @@ def test_operations_are_counted_and_torch_accepts_the_operator():
     ("change", "message"),
     [
         ({"x": torch.zeros(2, 3, 4)}, r"x must be \(B, H, W, C\)"),
-        ({"qkv": Linear(torch.zeros(8, 4))}, "must have 12 outputs"),
-        ({"proj": Linear(torch.zeros(5, 4))}, "proj 4"),
+        ({"qkv": LinearParameters(torch.zeros(8, 4))}, "must have 12 outputs"),
+        ({"proj": LinearParameters(torch.zeros(5, 4))}, "proj 4"),
         ({"num_heads": 3}, "must divide them"),
         ({"num_heads": 0}, "must divide them"),
         ({"window_size": 0}, "at least 1 token"),
-        ({"norm": LayerNorm(torch.zeros(3))}, "must have shape"),
+        ({"norm": LayerNormParameters(torch.zeros(3))}, "must have shape"),
     ],
 )
 @torch.no_grad()

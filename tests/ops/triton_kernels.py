@@ -25,4 +25,9 @@ def _fault() -> str | None:
     return None
 
 
+def long(*values):
+    """Leave a case to ``make test-all`` that keeps the interpreter busy; smaller ones of its kind run always."""
+    return pytest.param(*values, marks=[pytest.mark.slow, pytest.mark.timeout(600)])
+
+
 runs_kernels = pytest.mark.skipif(_fault() is not None, reason=str(_fault()))

@@ -24,6 +24,7 @@ from linvision.console import notes, output, write_json
 from linvision.errors import UsageError
 from linvision.files import write_json as write_json_file
 from linvision.files import write_text
+from linvision.ops import keep_freed_memory
 
 FILES = ("bench.json", "bench.csv", "bench.png")
 SHARE_OF_FREE_MEMORY = 0.8
@@ -36,6 +37,7 @@ ProbeFunction = Callable[[Contender, Setting], Probe]
 def bench(options: BenchOptions) -> int:
     """Run ``linvision bench``."""
     plan = make_plan(options)
+    keep_freed_memory()  # for all contenders alike, whether they run kernels of ours or not
     folder = None if options.out is None else Path(options.out)
     if folder is not None:
         _check_folder(folder, options.overwrite)

@@ -1,39 +1,22 @@
 """Models as contenders: those under test, timm's DeiT of the same width, and models with their op in another form."""
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from timm.models import split_model_name_tag
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from linvision.bench.contenders import Lineup, Setting, Step
 from linvision.models import create_model, resolve_name, set_checkpointing, size_overrides
 from linvision.models.deit3.layers import RecomputingBlock, set_selective_checkpointing
-from linvision.ops import (
-    mlstm,
-    mlstm_parallel,
-    mlstm_recurrent,
-    projected_mlstm,
-    selective_scan,
-    selective_scan_sequential,
-    use_backend,
-)
+from linvision.ops import use_backend
+from linvision.ops.dispatch import OPS
 
 DEIT = {192: "deit_tiny_patch16_224", 384: "deit_small_patch16_224", 768: "deit_base_patch16_224"}
 BY_WORD = {"tiny": 192, "small": 384, "base": 768}
-FORMS: dict[str, dict[Callable, Callable]] = {
-    "parallel": {mlstm: mlstm_parallel, projected_mlstm: partial(projected_mlstm, form=mlstm_parallel)},
-    "sequential": {
-        mlstm: mlstm_recurrent,
-        projected_mlstm: partial(projected_mlstm, form=mlstm_recurrent),
-        selective_scan: selective_scan_sequential,
-    },
-}
+FORMS = ("parallel", "sequential")  # of an op, as peers
 
 
 @dataclass(frozen=True)
@@ -72,14 +55,12 @@ class ModelContender:
         model, image = self.build(setting)
         mode = "reduce-overhead" if setting.device == "cuda" else None  # CUDA graphs: small models wait for the host
         run = torch.compile(model, mode=mode) if setting.compile else model
-        forms = FORMS.get(self.peer, {})
-        backend = "plain" if self.peer == "plain" else setting.backend
+        backend = self.peer if self.peer in ("plain", *FORMS) else setting.backend
         kind = setting.device if setting.device == "cuda" else "cpu"
 
         def forward() -> torch.Tensor:
             with (
                 use_backend(backend),
-                replaced(model, forms),
                 torch.autocast(kind, setting.torch_dtype, enabled=setting.autocast),
             ):
                 return run(image)
@@ -164,32 +145,27 @@ def uses_our_ops(model: nn.Module) -> bool:
 
 
 def has_form(model: nn.Module, form: str) -> bool:
-    """Tell whether a model uses an op that exists in this form."""
-    return bool(_places(model, FORMS[form]))
+    """Tell whether a model, on the meta device, calls an op that exists in this form."""
+    if not uses_our_ops(model):
+        return False
+    channels, rows, columns = getattr(model, "default_cfg")["input_size"]  # noqa: B009 - nn.Module types no such thing
+    with torch.no_grad(), CalledOps() as called:
+        model.eval()(torch.empty(1, channels, rows, columns, device="meta"))
+    return any(form in OPS[op].forms for op in called.names & OPS.keys())
 
 
-@contextmanager
-def replaced(model: nn.Module, ops: dict[Callable, Callable]) -> Iterator[None]:
-    """Let the layers of a model use other functions in place of some ops.
+class CalledOps(TorchDispatchMode):
+    """Notes the names of those of our operators that run."""
 
-    A layer looks its op up in the module of its class at every call, which is where the op is exchanged.
-    """
-    with ExitStack() as stack:
-        for namespace, name, op in _places(model, ops) if ops else ():
-            stack.callback(namespace.__setitem__, name, namespace[name])
-            namespace[name] = op
-        yield
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
 
-
-def _places(model: nn.Module, ops: dict[Callable, Callable]) -> list[tuple[dict, str, Callable]]:
-    modules = {type(layer).__module__ for layer in model.modules()}
-    return [
-        (namespace, name, op)
-        for namespace in (vars(sys.modules[module]) for module in sorted(modules) if module.startswith("linvision."))
-        for name, value in namespace.items()
-        for known, op in ops.items()
-        if value is known
-    ]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Run an operator and note its name."""
+        if func.namespace == "linvision":
+            self.names.add(func._schema.name.removeprefix("linvision::"))
+        return func(*args, **(kwargs or {}))
 
 
 def _discard(_: object) -> None:

@@ -35,7 +35,8 @@ class BenchOptions:
         compile: compile the models with torch.compile, on a GPU with CUDA graphs
         checkpointing: of activations in training: selective recomputes in the backward pass what is cheap, full
             everything
-        backend: of the ops: auto (the fastest that can run), triton, cpp or plain
+        backend: of the ops: auto (the fastest that can run), a backend (triton, cpp, plain), or reference, parallel or
+            sequential, forms of the ops in PyTorch
         tf32: let a GPU round float32 matrix products to TF32
         seed: of weights and inputs
         out: folder to create for bench.json, bench.csv and the picture bench.png
@@ -60,7 +61,7 @@ class BenchOptions:
     autocast: bool = False
     compile: bool = False
     checkpointing: Checkpointing = "none"
-    backend: Literal["auto", "triton", "cpp", "plain"] = "auto"
+    backend: str = "auto"
     tf32: bool = False
     seed: int = 0
     out: str | None = None

@@ -11,6 +11,7 @@ from linvision.bench.models import model_lineup
 from linvision.bench.ops import op_lineup
 from linvision.bench.options import BenchOptions
 from linvision.errors import UsageError, nearest
+from linvision.ops import backend_names
 
 DTYPES = ("float32", "bfloat16", "float16")
 MODES = ("inference", "training")
@@ -44,6 +45,8 @@ def make_plan(options: BenchOptions) -> Plan:
         UnknownNameError: a model does not exist; the nearest ones are named.
     """
     _check_ranges(options)
+    if _choices("--backend", options.backend, backend_names()) != [options.backend]:
+        raise UsageError(f"--backend {options.backend}: give one name")
     device = _choose_device(options.device)
     dtypes = _choices("--dtypes", options.dtypes, DTYPES)
     if device == "cpu" and "float16" in dtypes:

@@ -30,6 +30,7 @@ import torch
 from linvision.bench.contenders import Contender, Setting, Step, TrafficCounter
 from linvision.bench.measure import is_out_of_memory
 from linvision.errors import RunError
+from linvision.ops import keep_freed_memory
 
 STATUS = Path("/proc/self/status")
 RESET_PEAK = Path("/proc/self/clear_refs")
@@ -224,6 +225,7 @@ def interpret_end(status: int) -> Probe:
 
 def serve() -> None:
     """Answer requests until stdin ends."""
+    keep_freed_memory()
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a contender prints is no answer
     while True:

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
-from linvision.ops import current_backend
-from linvision.ops.fused import LayerNormParameters, LinearParameters
+from linvision.ops import LayerNormParameters, LinearParameters, current_backend
 
 Compute = Callable[..., Any]
 # "inference": no gradients, and nothing within the layer is in training mode. "training": anywhere else as well.

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from linvision.ops._dispatch import Dispatcher, Plain
-from linvision.ops.backends.cpp import convolution as cpp_convolution
-from linvision.ops.backends.triton import convolution as triton_convolution
+from linvision.ops.checks import ANY, check, check_axes
+from linvision.ops.dispatch import Dispatcher
 
 Activation = Literal["silu"] | None
+GRID = ("B", "rows", "columns", "C")
 
 
 def depthwise_conv2d(
@@ -40,7 +40,9 @@ def depthwise_conv2d(
     Raises:
         ValueError: where shapes, types or devices disagree, for an even kernel or an unknown activation.
     """
-    _check("depthwise_conv2d", x, weight, bias, activation, axes=2)
+    check_axes("depthwise_conv2d", "x", x, GRID)
+    check_axes("depthwise_conv2d", "weight", weight, "C1KL", needed="CKL")
+    _check("depthwise_conv2d", x, weight, bias, activation)
     if not (weight.shape[2] % 2 and weight.shape[3] % 2):
         raise ValueError(f"depthwise_conv2d: kernels must have odd sides but are {tuple(weight.shape[2:])}")
     return _convolve(x, weight, bias, False, activation == "silu", reverse)
@@ -65,34 +67,27 @@ def causal_conv1d(
     Raises:
         ValueError: where shapes, types or devices disagree, or for an unknown activation.
     """
-    _check("causal_conv1d", x, weight, bias, activation, axes=1)
+    check_axes("causal_conv1d", "x", x, "BSC")
+    check_axes("causal_conv1d", "weight", weight, "C1K", needed="CK")
+    _check("causal_conv1d", x, weight, bias, activation)
     return _convolve(x[:, None], weight[:, :, None], bias, True, activation == "silu", reverse)[:, 0]
 
 
-def _check(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation, *, axes: int) -> None:
-    tokens, kernels = ("(B, S, C)", "(C, 1, K)") if axes == 1 else ("(B, rows, columns, C)", "(C, 1, K, L)")
-    if x.ndim != axes + 2 or weight.ndim != axes + 2 or weight.shape[:2] != (x.shape[-1], 1):
-        raise ValueError(
-            f"{name}: x must be {tokens} and weight {kernels} with the same number of channels C, but their shapes are "
-            f"{tuple(x.shape)} and {tuple(weight.shape)}"
-        )
-    if min(weight.shape) == 0:
-        raise ValueError(f"{name}: needs at least one channel and tap but weight has shape {tuple(weight.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"{name}: bias must have shape (C,) = ({len(weight)},) for weight of {tuple(weight.shape)} but has "
-            f"{tuple(bias.shape)}"
-        )
-    tensors = [x, weight] if bias is None else [x, weight, bias]
-    if not all(tensor.is_floating_point() for tensor in tensors):
-        raise ValueError(f"{name}: needs floating-point tensors but got {[str(tensor.dtype) for tensor in tensors]}")
-    if any(tensor.device != x.device for tensor in tensors):
-        raise ValueError(f"{name}: all tensors must be on one device but are on {[str(t.device) for t in tensors]}")
+def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> None:
+    channels, kernels = x.shape[-1], weight.shape
+    letters = "(C, 1, K)" if len(kernels) == 3 else "(C, 1, K, L)"
+    check(
+        op,
+        "x",
+        x,
+        ("weight", weight, letters, (channels, 1, *kernels[2:]), ANY),
+        ("bias", bias, "(C,)", (channels,), ANY),
+    )
     if activation not in ("silu", None):
-        raise ValueError(f"{name}: activation must be 'silu' or None but is {activation!r}")
+        raise ValueError(f"{op}: activation must be 'silu' or None but is {activation!r}")
 
 
-def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool, silu: bool, reverse: bool) -> Tensor:
+def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool, silu: bool, reverse: bool) -> Tensor:
     """Convolve as an image in channels-last layout, which is this very memory."""
     if x.numel() == 0:  # torch's convolution refuses it; so all gradients are there, and zero
         return x * sum(parameter.sum() for parameter in (weight, bias) if parameter is not None)
@@ -108,14 +103,13 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool, silu: b
     return (F.silu(y) if silu else y).to(x.dtype)
 
 
-BODIES = Dispatcher(
-    "depthwise convolution", {"triton": triton_convolution, "cpp": cpp_convolution, "plain": Plain(_plain)}
-)
+IMPLEMENTATIONS = Dispatcher("depthwise_conv", reference=_reference)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool, silu: bool, reverse: bool) -> Tensor:
-    if BODIES.runs_plain(x, weight, bias):
-        return _plain(x, weight, bias, causal, silu, reverse)
+    form = IMPLEMENTATIONS.inlined(x, weight)
+    if form is not None:
+        return form(x, weight, bias, causal, silu, reverse)
     return torch.ops.linvision.depthwise_conv(x, weight, bias, causal, silu, reverse)
 
 
@@ -125,9 +119,9 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool, silu
 
 @torch.library.custom_op("linvision::depthwise_conv", mutates_args=())
 def _depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool, silu: bool, reverse: bool) -> Tensor:
-    body = BODIES.choose(x, weight, bias)
+    implementation = IMPLEMENTATIONS.choose(x, weight)
     with torch.autocast(x.device.type, enabled=False):
-        return body.forward(x, weight, bias, causal=causal, silu=silu, reverse=reverse).contiguous()
+        return implementation.forward(x, weight, bias, causal=causal, silu=silu, reverse=reverse)
 
 
 @_depthwise_conv.register_fake
@@ -139,7 +133,8 @@ def _(x, weight, bias, causal, silu, reverse):
 def _depthwise_conv_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool, silu: bool, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return BODIES.kernels(x, weight, bias).backward(dy, x, weight, bias, causal=causal, silu=silu, reverse=reverse)
+    implementation = IMPLEMENTATIONS.kernels(x, weight)
+    return implementation.backward(dy, x, weight, bias, causal=causal, silu=silu, reverse=reverse)
 
 
 @_depthwise_conv_backward.register_fake

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linvision.ops._dispatch import Dispatcher, Plain
-from linvision.ops.backends.cpp import gated_norm as cpp_gated_norm
-from linvision.ops.backends.triton import gated_norm as triton_gated_norm
+from linvision.ops.checks import ANY, SAME, check, check_axes
+from linvision.ops.dispatch import Dispatcher
 
 
 def gated_head_norm(
@@ -35,40 +34,31 @@ def gated_head_norm(
         ValueError: where shapes, types or devices disagree.
     """
     _check(h, c, z, weight, bias, skip)
-    if (UNGATED if z is None else BODIES).runs_plain(h):
-        return _plain(h, c, z, weight, bias, skip, eps)
+    # Without a gate the kernels have no gradient.
+    form = IMPLEMENTATIONS.inlined(h, inference_only=z is None)
+    if form is not None:
+        return form(h, c, z, weight, bias, skip, eps)
     return torch.ops.linvision.gated_head_norm(h, c, z, weight, bias, skip, eps)
 
 
 def _check(h: Tensor, c: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor | None, skip: Tensor) -> None:
-    if h.ndim != 4 or min(h.shape[2:]) == 0:
-        raise ValueError(
-            f"gated_head_norm: h must be (B, S, H, D) with at least one head and channel but has shape {tuple(h.shape)}"
-        )
+    check_axes("gated_head_norm", "h", h, "BSHD", needed="HD")
     batch, num_tokens, num_heads, head_dim = h.shape
-    tokens, channels = (batch, num_tokens, num_heads * head_dim), (num_heads * head_dim,)
-    given = {"c": c, "z": z, "weight": weight, "bias": bias, "skip": skip}
-    for name, tensor in given.items():
-        if tensor is None:
-            continue
-        needed = tokens if name in ("c", "z") else channels
-        if tensor.shape != needed:
-            raise ValueError(
-                f"gated_head_norm: {name} must have shape {needed} for h of {tuple(h.shape)} but has "
-                f"{tuple(tensor.shape)}"
-            )
-        if tensor.device != h.device:
-            raise ValueError(f"gated_head_norm: {name} is on {tensor.device} but h on {h.device}")
-        if not tensor.is_floating_point() or (name in ("c", "z") and tensor.dtype != h.dtype):
-            raise ValueError(
-                "gated_head_norm: h, c and z must have one floating-point type, the others any, but "
-                f"{name} is {tensor.dtype} and h {h.dtype}"
-            )
-    if not h.is_floating_point():
-        raise ValueError(f"gated_head_norm: h must be of a floating-point type but is {h.dtype}")
+    width = num_heads * head_dim
+    tokens, channels = (batch, num_tokens, width), (width,)
+    check(
+        "gated_head_norm",
+        "h",
+        h,
+        ("c", c, "(B, S, H * D)", tokens, SAME),
+        ("z", z, "(B, S, H * D)", tokens, SAME),
+        ("weight", weight, "(H * D,)", channels, ANY),
+        ("bias", bias, "(H * D,)", channels, ANY),
+        ("skip", skip, "(H * D,)", channels, ANY),
+    )
 
 
-def _plain(
+def _reference(
     h: Tensor, c: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor | None, skip: Tensor, eps: float
 ) -> Tensor:
     normalised = F.layer_norm(h, h.shape[-1:], eps=eps).flatten(2)
@@ -78,8 +68,7 @@ def _plain(
     return (y if z is None else y * F.silu(z)).to(h.dtype)
 
 
-BODIES = Dispatcher("gated_head_norm", {"triton": triton_gated_norm, "cpp": cpp_gated_norm, "plain": Plain(_plain)})
-UNGATED = Dispatcher("gated_head_norm without a gate", BODIES.bodies, inference_only=True)
+IMPLEMENTATIONS = Dispatcher("gated_head_norm", reference=_reference)
 
 
 # The op as torch sees it: opaque to compile and export, with a meta kernel and a gradient.
@@ -90,7 +79,7 @@ def _gated_head_norm(
     h: Tensor, c: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor | None, skip: Tensor, eps: float
 ) -> Tensor:
     with torch.autocast(h.device.type, enabled=False):
-        return BODIES.choose(h).forward(h, c, z, weight, bias, skip, eps)
+        return IMPLEMENTATIONS.choose(h).forward(h, c, z, weight, bias, skip, eps)
 
 
 @_gated_head_norm.register_fake
@@ -103,7 +92,7 @@ def _gated_head_norm_backward(
     dy: Tensor, h: Tensor, c: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor, eps: float
 ) -> list[Tensor]:
     """Return the gradients of h, c, z, weight, bias where it is given, and skip."""
-    return BODIES.kernels(h).backward(dy, h, c, z, weight, bias, skip, eps)
+    return IMPLEMENTATIONS.kernels(h).backward(dy, h, c, z, weight, bias, skip, eps)
 
 
 @_gated_head_norm_backward.register_fake

@@ -11,7 +11,8 @@ The matrix sum_s k'_s v_s^T is (D, D) whatever the number of tokens S is, so tim
 import torch
 from torch import Tensor
 
-from linvision.ops._dispatch import autocasts
+from linvision.ops.autocast import without_autocast
+from linvision.ops.checks import ANY, SAME, check, check_axes
 
 MIN_DENOMINATOR = 100.0
 
@@ -33,16 +34,22 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Te
     Raises:
         ValueError: where shapes, types or devices disagree, or a sequence is empty.
     """
-    _check(q, k, v, temperature)
-    if autocasts(q):
-        with torch.autocast(q.device.type, enabled=False):
-            return _linear_attention(q, k, v, temperature)
+    check_axes("linear_attention", "q", q, "BSHD", needed="SHD")
+    check(
+        "linear_attention",
+        "q",
+        q,
+        ("k", k, "(B, S, H, D)", q.shape, SAME),
+        ("v", v, "(B, S, H, D)", q.shape, SAME),
+        ("temperature", temperature, "(H, 1, 1)", (q.shape[2], 1, 1), ANY),
+    )
     return _linear_attention(q, k, v, temperature)
 
 
+@without_autocast
 def _linear_attention(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    q_t, k_t = (_heads_first(x, dtype).relu_() for x in (q, k))
+    q_t, k_t = (_heads_first(x, dtype).relu() for x in (q, k))
     memory = temperature.to(dtype) * (k_t.mT @ v.transpose(1, 2).to(dtype))
     # The denominators ride along as one more column of the product: queries are read once.
     sums = q_t @ torch.cat([memory, k_t.sum(2).unsqueeze(-1)], dim=-1)
@@ -51,25 +58,5 @@ def _linear_attention(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> T
 
 
 def _heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Copy (B, S, H, D) to a dense (B, H, S, D), the layout of batched products, which owns its memory."""
-    return x.transpose(1, 2).to(dtype, copy=True, memory_format=torch.contiguous_format)
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> None:
-    if q.ndim != 4 or k.shape != q.shape or v.shape != q.shape or 0 in q.shape:
-        raise ValueError(
-            "linear_attention needs q, k and v of one shape (B, S, H, D) without empty axes but got "
-            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
-        )
-    heads = q.shape[2]
-    if temperature.shape != (heads, 1, 1):
-        raise ValueError(
-            f"linear_attention needs temperature ({heads}, 1, 1), one scale a head, but got {tuple(temperature.shape)}"
-        )
-    if not q.is_floating_point() or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(
-            f"linear_attention needs q, k and v of one floating-point type but got {q.dtype}, {k.dtype} and {v.dtype}"
-        )
-    if len({x.device for x in (q, k, v, temperature)}) > 1:
-        devices = ", ".join(str(x.device) for x in (q, k, v, temperature))
-        raise ValueError(f"linear_attention needs q, k, v and temperature on one device but got {devices}")
+    """Lay (B, S, H, D) out as a dense (B, H, S, D), as batched products want it."""
+    return x.transpose(1, 2).to(dtype).contiguous()

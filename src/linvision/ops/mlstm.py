@@ -8,25 +8,26 @@ the log forget gate lf_t = logsigmoid(f_t) and the input gate's pre-activation i
     n_t = exp(lf_t + m_{t-1} - m_t) n_{t-1} + exp(i_t - m_t) k_t         (D,)
     h_t = C_t q_t / (max(|n_t . q_t|, exp(-m_t)) + 1e-6)
 
-Three equal forms: ``mlstm_recurrent`` (the lines above, O(S D^2), one token after the other), ``mlstm_parallel`` (one
-S x S matrix, O(S^2 D)) and ``mlstm`` itself (chunkwise, O(S (chunk + D) D)), which is what models run and which faster
-backends must match. The stabiliser only keeps numbers in range; gradients treat it as a constant.
+Equal forms: ``mlstm_recurrent`` (the lines above, O(S D^2), one token after the other), ``mlstm_parallel`` (one S x S
+matrix, O(S^2 D)), the reference form (chunkwise, O(S (chunk + D) D), functional) and ``mlstm`` itself, which is what
+models run: chunkwise too, in the fastest backend. The stabiliser only keeps numbers in range; gradients treat it as a
+constant.
 """
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from torch.utils.flop_counter import register_flop_formula
 
-from linvision.ops import _mlstm_chunkwise
-from linvision.ops._dispatch import Dispatcher
-from linvision.ops._mlstm_chunkwise import EPS
-from linvision.ops.backends.cpp import mlstm as cpp_mlstm
-from linvision.ops.backends.triton import mlstm as triton_mlstm
-
-BODIES = Dispatcher("mlstm", {"triton": triton_mlstm, "cpp": cpp_mlstm, "plain": _mlstm_chunkwise})
+from linvision.errors import BackendError
+from linvision.ops.autocast import without_autocast
+from linvision.ops.backends.plain.mlstm import EPS, chunk_length
+from linvision.ops.checks import ANY, SAME, check, check_axes
+from linvision.ops.dispatch import Dispatcher
+from linvision.ops.recurrence import linear_recurrence, running_maximum
 
 
 class MLSTMState(NamedTuple):
@@ -66,11 +67,15 @@ def mlstm(
         ValueError: where shapes, types or devices disagree, or a sequence is empty.
     """
     _check(q, k, v, i, f, initial_state)
+    form = IMPLEMENTATIONS.form()
+    if form is not None:
+        return form(q, k, v, i, f, initial_state=initial_state, return_state=return_state, reverse=reverse)
     C, n, m = (None, None, None) if initial_state is None else initial_state
     h, C, n, m = torch.ops.linvision.mlstm(q, k, v, i, f, C, n, m, return_state, reverse)
     return (h, MLSTMState(C, n, m)) if return_state else h
 
 
+@without_autocast
 def mlstm_recurrent(
     q: Tensor,
     k: Tensor,
@@ -108,6 +113,11 @@ def mlstm_recurrent(
 def mlstm_parallel(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, *, reverse: bool = False) -> Tensor:
     """Compute what ``mlstm`` computes through one S x S matrix a head, O(S^2 D); for tests and benchmarks."""
     _check(q, k, v, i, f, None)
+    return _parallel(q, k, v, i, f, reverse=reverse)
+
+
+@without_autocast
+def _parallel(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, *, reverse: bool) -> Tensor:
     dtype = _state_dtype(q)
     queries, keys, values = (x.to(dtype).transpose(1, 2) for x in (q, k * q.shape[-1] ** -0.5, v))
     log_f = logsigmoid(f.double()).transpose(1, 2)
@@ -121,37 +131,110 @@ def mlstm_parallel(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, *, rev
     return (weights @ values / norm).transpose(1, 2).to(q.dtype)
 
 
+def _parallel_form(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    *,
+    initial_state: MLSTMState | None,
+    return_state: bool,
+    reverse: bool,
+) -> Tensor | tuple[Tensor, MLSTMState]:
+    if initial_state is not None or return_state:
+        raise BackendError("mlstm: the parallel form hands no states on; use another backend than 'parallel' for them")
+    return _parallel(q, k, v, i, f, reverse=reverse)
+
+
+@without_autocast
+def _reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    *,
+    initial_state: MLSTMState | None,
+    return_state: bool,
+    reverse: bool,
+) -> Tensor | tuple[Tensor, MLSTMState]:
+    """Compute chunk by chunk, (B, chunks, H, tokens, ...), as explained in ``linvision.ops.backends.plain.mlstm``.
+
+    What is exp(a_s - M_t) there is exp(a_s + F_t - m_t) here, so that the stabiliser m_t alone is held constant.
+    """
+    if reverse:
+        q, k, v, i, f = (x.flip(1) for x in (q, k, v, i, f))
+    dtype, (batch, num_tokens, num_heads, head_dim) = _state_dtype(q), q.shape
+    length = chunk_length(num_tokens, head_dim)
+    missing = -num_tokens % length
+    queries, keys, values = (_chunks(x.to(dtype), length, missing, 0.0) for x in (q, k, v))
+    keys = keys * head_dim**-0.5
+    # Gates in float64: a, F - m, exp(-m) and the M before and after each chunk.
+    cumulated = logsigmoid(f.double()).cumsum(1)
+    a = i.double() - cumulated
+    M = running_maximum(a.detach())
+    start = a.new_full((batch, num_heads), -torch.inf) if initial_state is None else initial_state.m.detach().double()
+    M = torch.maximum(M, start[:, None])
+    m = cumulated.detach() + M
+    from_queries, floor = (
+        _chunks(x, length, missing, fill) for x, fill in ((cumulated - m, -torch.inf), ((-m).exp(), 1.0))
+    )
+    a, after = _chunks(a, length, missing, -torch.inf), _chunks(M, length, missing, -torch.inf).amax(-1)
+    before = torch.cat([start[:, None], after[:, :-1]], 1)
+    # States before each chunk, C^T and n side by side: (B, chunks, H, D, D + 1).
+    decay_out = (a - after[..., None]).to(dtype).exp()
+    with_ones = torch.cat([values, torch.ones_like(values[..., :1])], -1)
+    sums = (keys * decay_out[..., None]).mT @ with_ones
+    first = None if initial_state is None else torch.cat([initial_state.C.mT, initial_state.n[..., None]], -1).to(dtype)
+    states = linear_recurrence((before - after).to(dtype).exp()[..., None, None], sums, first)
+    first = torch.zeros_like(states[:, 0]) if first is None else first
+    entering = torch.cat([first[:, None], states[:, :-1]], 1)
+    # Inside the chunks, and what comes in to them; the last column is n . q.
+    seen = torch.arange(length, device=q.device)
+    log_weights = (a[..., None, :] + from_queries[..., None]).masked_fill(seen[:, None] < seen, -torch.inf)
+    decay_in = (before[..., None] + from_queries).to(dtype).exp()[..., None]
+    results = (log_weights.to(dtype).exp() * (queries @ keys.mT)) @ with_ones + (queries * decay_in) @ entering
+    norm = torch.maximum(results[..., -1].abs(), floor.to(dtype)) + EPS
+    h = (results[..., :-1] / norm[..., None]).transpose(2, 3).flatten(1, 2)[:, :num_tokens].to(q.dtype)
+    h = h.flip(1) if reverse else h
+    if not return_state:
+        return h
+    final = states[:, -1] * (after[:, -1] + cumulated[:, -1] - m[:, -1]).to(dtype).exp()[..., None, None]
+    return h, MLSTMState(final[..., :-1].mT.contiguous(), final[..., -1].contiguous(), m[:, -1].to(dtype))
+
+
+def _chunks(x: Tensor, length: int, missing: int, fill: float) -> Tensor:
+    """Cut (B, S, H, ...) into chunks (B, S / length, H, length, ...), filled up at the end."""
+    if missing:
+        x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing), value=fill)
+    return x.unflatten(1, (-1, length)).transpose(2, 3)
+
+
+IMPLEMENTATIONS = Dispatcher("mlstm", reference=_reference, parallel=_parallel_form, sequential=mlstm_recurrent)
+
+
 def _state_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MLSTMState | None) -> None:
-    if q.ndim != 4 or q.shape != k.shape or q.shape != v.shape:
-        raise ValueError(
-            "mlstm: q, k and v must have one shape (B, S, H, D) but are "
-            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
-        )
-    if i.shape != q.shape[:3] or f.shape != q.shape[:3]:
-        raise ValueError(
-            f"mlstm: gates i and f must have shape (B, S, H) = {tuple(q.shape[:3])} for q of {tuple(q.shape)} but are "
-            f"{tuple(i.shape)} and {tuple(f.shape)}"
-        )
-    if min(q.shape[1:]) == 0:
-        raise ValueError(f"mlstm: needs at least one token, head and channel but q has shape {tuple(q.shape)}")
-    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point() and i.is_floating_point()):
-        raise ValueError(f"mlstm: q, k and v must have one floating-point type but are {q.dtype}, {k.dtype}, {v.dtype}")
-    if not f.is_floating_point():
-        raise ValueError(f"mlstm: gates must be floating-point numbers but f is {f.dtype}")
-    tensors = [q, k, v, i, f]
+    check_axes("mlstm", "q", q, "BSHD", needed="SHD")
+    shape = q.shape
+    rows = (
+        ("k", k, "(B, S, H, D)", shape, SAME),
+        ("v", v, "(B, S, H, D)", shape, SAME),
+        ("i", i, "(B, S, H)", shape[:3], ANY),
+        ("f", f, "(B, S, H)", shape[:3], ANY),
+    )
     if state is not None:
-        batch, _, num_heads, head_dim = q.shape
-        needed = [(batch, num_heads, head_dim, head_dim), (batch, num_heads, head_dim), (batch, num_heads)]
-        given = [tuple(x.shape) for x in state]
-        if given != needed:
-            raise ValueError(f"mlstm: initial_state (C, n, m) must have shapes {needed} but has {given}")
-        tensors.extend(state)
-    if len({x.device for x in tensors}) > 1:
-        raise ValueError(f"mlstm: all tensors must be on one device but are on {[str(x.device) for x in tensors]}")
+        batch, _, num_heads, head_dim = shape
+        rows += (
+            ("initial_state.C", state.C, "(B, H, D, D)", (batch, num_heads, head_dim, head_dim), ANY),
+            ("initial_state.n", state.n, "(B, H, D)", (batch, num_heads, head_dim), ANY),
+            ("initial_state.m", state.m, "(B, H)", (batch, num_heads), ANY),
+        )
+    check("mlstm", "q", q, *rows)
 
 
 # The op as torch sees it: opaque to compile and export, with a meta kernel, a gradient and a count of its operations.
@@ -171,9 +254,9 @@ def _mlstm(
     return_state: bool,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    state, body = _transposed_state(C, n, m), BODIES.choose(q, k, v, i, f)
+    state, implementation = _transposed_state(C, n, m), IMPLEMENTATIONS.choose(q)
     with torch.autocast(q.device.type, enabled=False):
-        h, final = body.forward(q, k, v, i, f, state, return_state=return_state, reverse=reverse)
+        h, final = implementation.forward(q, k, v, i, f, state, return_state=return_state, reverse=reverse)
     return h, final[0].mT.contiguous() if return_state else final[0], *final[1:]
 
 
@@ -207,10 +290,10 @@ def _mlstm_backward(
     m: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    state, body = _transposed_state(C, n, m), BODIES.choose(q, k, v, i, f)
+    state, implementation = _transposed_state(C, n, m), IMPLEMENTATIONS.choose(q)
     d_final = None if dC is None or dn is None else (dC.mT, dn)
     with torch.autocast(q.device.type, enabled=False):
-        *gradients, dC_t, d_initial_n = body.backward(dh, d_final, h, (q, k, v, i, f), state, reverse=reverse)
+        *gradients, dC_t, d_initial_n = implementation.backward(dh, d_final, h, (q, k, v, i, f), state, reverse=reverse)
     return *gradients, dC_t if state is None else dC_t.mT.contiguous(), d_initial_n
 
 
@@ -246,5 +329,5 @@ _mlstm.register_autograd(_gradient, setup_context=_setup_context)
 def mlstm_flops(q_shape, *args, out_shape=None, **options) -> int:
     """Count the multiplications and additions of the matrix products of one chunkwise forward pass."""
     batch, num_tokens, num_heads, head_dim = q_shape
-    chunk = _mlstm_chunkwise.chunk_length(num_tokens, head_dim)
+    chunk = chunk_length(num_tokens, head_dim)
     return batch * num_tokens * num_heads * 4 * head_dim * (chunk + head_dim)

@@ -8,9 +8,9 @@ does). Each of E channels carries N states, coupled to the other channels throug
 
 With a residual r and a gate z the output is (y_t + r_t) SiLU(z_t).
 
-Two equal forms: ``selective_scan_sequential`` (the lines above, one token after the other, by autograd) and
-``selective_scan`` itself, which is what models run and which faster backends must match: tiles that stay in cache, with
-a backward pass that computes the states again instead of keeping them.
+Equal forms: ``selective_scan_sequential`` (the lines above, one token after the other, by autograd), the reference form
+(functional, all states at once) and ``selective_scan`` itself, which is what models run: in the fastest backend, with a
+backward pass that computes the states again instead of keeping them.
 """
 
 import torch
@@ -18,16 +18,11 @@ from torch import Tensor
 from torch.nn.functional import silu, softplus
 from torch.utils.flop_counter import register_flop_formula
 
-from linvision.ops import _selective_scan_tiled
-from linvision.ops._dispatch import Dispatcher
-from linvision.ops._selective_scan_tiled import Inputs
-from linvision.ops.backends.cpp import selective_scan as cpp_selective_scan
-from linvision.ops.backends.triton import selective_scan as triton_selective_scan
-
-BODIES = Dispatcher(
-    "selective_scan",
-    {"triton": triton_selective_scan, "cpp": cpp_selective_scan, "plain": _selective_scan_tiled},
-)
+from linvision.ops.autocast import without_autocast
+from linvision.ops.backends.scan_inputs import Inputs, interval
+from linvision.ops.checks import ANY, SAME, check, check_axes
+from linvision.ops.dispatch import Dispatcher
+from linvision.ops.recurrence import linear_recurrence
 
 
 def selective_scan(
@@ -73,6 +68,10 @@ def selective_scan(
         ValueError: where shapes, types or devices disagree, or a sequence is empty.
     """
     _check(u, delta, A, B, C, D, z, delta_bias, residual, initial_state)
+    form = IMPLEMENTATIONS.form()
+    if form is not None:
+        y, state = form(u, delta, A, B, C, D, z, delta_bias, residual, delta_softplus, reverse, initial_state)
+        return (y, state) if return_state else y
     dtype = _state_dtype(u)
     D, delta_bias, initial_state = (None if x is None else x.to(dtype) for x in (D, delta_bias, initial_state))
     tensors = (u, delta, A.to(dtype), B, C, D, z, delta_bias, residual, initial_state)
@@ -99,29 +98,78 @@ def selective_scan_sequential(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute what ``selective_scan`` computes one token after the other; for tests and for reading."""
     _check(u, delta, A, B, C, D, z, delta_bias, residual, initial_state)
+    y, state = _sequential(u, delta, A, B, C, D, z, delta_bias, residual, delta_softplus, reverse, initial_state)
+    return (y, state) if return_state else y
+
+
+@without_autocast
+def _sequential(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    residual: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     dtype = _state_dtype(u)
-    x, step, A, B, C = (tensor.to(dtype) for tensor in (u, delta, A, B, C))
-    if delta_bias is not None:
-        step = step + delta_bias.to(dtype)
-    if delta_softplus:
-        step = softplus(step)
+    x, A, B, C = (tensor.to(dtype) for tensor in (u, A, B, C))
+    step = _step_size(delta.to(dtype), delta_bias, delta_softplus)
     state = x.new_zeros(len(x), *A.shape) if initial_state is None else initial_state.to(dtype)
     y = [x] * x.shape[1]
     for t in reversed(range(len(y))) if reverse else range(len(y)):
         state = torch.exp(step[:, t, :, None] * A) * state + (step * x)[:, t, :, None] * B[:, t, None, :]
         y[t] = (state * C[:, t, None, :]).sum(-1)
-    result = torch.stack(y, dim=1)
+    return _output(torch.stack(y, dim=1), x, D, z, residual).to(u.dtype), state
+
+
+@without_autocast
+def _reference(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    residual: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    dtype = _state_dtype(u)
+    x, A, B, C = (tensor.to(dtype) for tensor in (u, A, B, C))
+    step = _step_size(delta.to(dtype), delta_bias, delta_softplus)
+    decay, update = torch.exp(step[..., None] * A), (step * x)[..., None] * B[:, :, None, :]
+    if reverse:
+        decay, update, C = decay.flip(1), update.flip(1), C.flip(1)
+    start = torch.zeros_like(update[:, 0]) if initial_state is None else initial_state.to(dtype)
+    states = linear_recurrence(decay, update, start)
+    y = (states * C[:, :, None, :]).sum(-1)  # no matrix product, which autocast would narrow in the backward pass
+    return _output(y.flip(1) if reverse else y, x, D, z, residual).to(u.dtype), states[:, -1]
+
+
+def _step_size(delta: Tensor, bias: Tensor | None, with_softplus: bool) -> Tensor:
+    delta = delta if bias is None else delta + bias.to(delta.dtype)
+    return softplus(delta) if with_softplus else delta
+
+
+def _output(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None, residual: Tensor | None) -> Tensor:
+    """Add what stands beside the states' output (B, S, E), and gate it."""
     if D is not None:
-        result = result + D.to(dtype) * x
+        y = y + D.to(y.dtype) * x
     if residual is not None:
-        result = result + residual.to(dtype)
-    if z is not None:
-        result = result * silu(z.to(dtype))
-    result = result.to(u.dtype)
-    return (result, state) if return_state else result
+        y = y + residual.to(y.dtype)
+    return y if z is None else y * silu(z.to(y.dtype))
 
 
-SHARE_A_TYPE = ("delta", "B", "C", "z", "residual")
+IMPLEMENTATIONS = Dispatcher("selective_scan", reference=_reference, sequential=_sequential)
 
 
 def _state_dtype(u: Tensor) -> torch.dtype:
@@ -140,46 +188,24 @@ def _check(
     residual: Tensor | None,
     initial_state: Tensor | None,
 ) -> None:
-    if u.ndim != 3 or A.ndim != 2:
-        raise ValueError(
-            f"selective_scan: u must be (B, S, E) and A (E, N) but their shapes are {tuple(u.shape)}, {tuple(A.shape)}"
-        )
-    batch, num_tokens, width = u.shape
-    num_states = A.shape[1]
-    if num_tokens == 0 or width == 0 or num_states == 0:
-        raise ValueError(
-            "selective_scan: needs at least one token, channel and state but u and A have shapes "
-            f"{tuple(u.shape)}, {tuple(A.shape)}"
-        )
-    tokens, states = (batch, num_tokens, width), (batch, num_tokens, num_states)
-    needed = {
-        "delta": (delta, "(B, S, E)", tokens),
-        "A": (A, "(E, N)", (width, num_states)),
-        "B": (B, "(B, S, N)", states),
-        "C": (C, "(B, S, N)", states),
-        "D": (D, "(E,)", (width,)),
-        "z": (z, "(B, S, E)", tokens),
-        "delta_bias": (delta_bias, "(E,)", (width,)),
-        "residual": (residual, "(B, S, E)", tokens),
-        "initial_state": (initial_state, "(B, E, N)", (batch, width, num_states)),
-    }
-    for name, (x, letters, shape) in needed.items():
-        if x is None:
-            continue
-        if x.shape != shape:
-            raise ValueError(
-                f"selective_scan: {name} must have shape {letters} = {shape} for u of {tuple(u.shape)} and "
-                f"{num_states} states but has {tuple(x.shape)}"
-            )
-        if x.device != u.device:
-            raise ValueError(f"selective_scan: {name} is on {x.device} but u on {u.device}; move them to one device")
-        if not x.is_floating_point() or (name in SHARE_A_TYPE and x.dtype != u.dtype):
-            raise ValueError(
-                f"selective_scan: u, {', '.join(SHARE_A_TYPE)} must have one floating-point type, the others any; "
-                f"{name} is {x.dtype}, u is {u.dtype}"
-            )
-    if not u.is_floating_point():
-        raise ValueError(f"selective_scan: u must be of a floating-point type but is {u.dtype}")
+    check_axes("selective_scan", "u", u, "BSE", needed="SE")
+    check_axes("selective_scan", "A", A, "EN", needed="EN")
+    (batch, num_tokens, width), num_states = u.shape, A.shape[1]
+    tokens, states = u.shape, (batch, num_tokens, num_states)
+    check(
+        "selective_scan",
+        "u",
+        u,
+        ("delta", delta, "(B, S, E)", tokens, SAME),
+        ("A", A, "(E, N)", (width, num_states), ANY),
+        ("B", B, "(B, S, N)", states, SAME),
+        ("C", C, "(B, S, N)", states, SAME),
+        ("D", D, "(E,)", (width,), ANY),
+        ("z", z, "(B, S, E)", tokens, SAME),
+        ("delta_bias", delta_bias, "(E,)", (width,), ANY),
+        ("residual", residual, "(B, S, E)", tokens, SAME),
+        ("initial_state", initial_state, "(B, E, N)", (batch, width, num_states), ANY),
+    )
 
 
 # The op as torch sees it: opaque to compile and export, with a meta kernel, a gradient and a count of its operations.
@@ -202,16 +228,16 @@ def _selective_scan(
     reverse: bool,
     keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    body, A = BODIES.choose(u, delta, A, B, C), A.mT.contiguous()
+    implementation, A = IMPLEMENTATIONS.choose(u, A), A.mT.contiguous()
     inputs = Inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, residual)
     with torch.autocast(u.device.type, enabled=False):
-        return body.forward(inputs, initial_state, keep_states)
+        return implementation.forward(inputs, initial_state, keep_states)
 
 
 @_selective_scan.register_fake
 def _(u, delta, A, B, C, D, z, delta_bias, residual, initial_state, delta_softplus, reverse, keep_states):
     (batch, num_tokens, width), num_states = u.shape, A.shape[1]
-    num_kept = -(-num_tokens // _selective_scan_tiled.interval(num_states)) if keep_states else 0
+    num_kept = -(-num_tokens // interval(num_states)) if keep_states else 0
     return (
         u.new_empty(u.shape),
         A.new_empty(batch, width, num_states),
@@ -237,10 +263,10 @@ def _selective_scan_backward(
     reverse: bool,
 ) -> list[Tensor]:
     """Return the gradients of u, delta, A, B, C, initial_state, then those given of D, z, delta_bias, residual."""
-    body, A = BODIES.choose(u, delta, A, B, C), A.mT.contiguous()
+    implementation, A = IMPLEMENTATIONS.choose(u, A), A.mT.contiguous()
     inputs = Inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, residual)
     with torch.autocast(u.device.type, enabled=False):
-        gradients = body.backward(inputs, kept, dy, d_state)
+        gradients = implementation.backward(inputs, kept, dy, d_state)
     gradients["A"] = gradients["A"].mT.contiguous()
     order = ("u", "delta", "A", "B", "C", "initial_state", "D", "z", "delta_bias", "residual")
     return [gradients[name] for name in order if name in gradients]

@@ -11,7 +11,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from linvision.ops import depthwise_conv2d, linear_attention
-from linvision.ops.window_attention import attend_in_windows, pad_to_multiple
+from linvision.ops.fused.window_attention import attend_in_windows, pad_to_multiple
 
 
 def as_image(x: Tensor) -> Tensor:

@@ -11,8 +11,16 @@ from torch import Tensor
 
 from linvision.models.forms import halves, linear_parameters, stands_for
 from linvision.models.vil.layers import NUM_HEADS, ViLBlock, ViLLayer
-from linvision.ops import BlockDiagonalParameters, GateParameters, gated_head_norm, mlstm, mlstm_inputs
-from linvision.ops.fused import LayerNormParameters, cast_once, linear, projected_mlstm
+from linvision.ops import (
+    BlockDiagonalParameters,
+    GateParameters,
+    LayerNormParameters,
+    gated_head_norm,
+    mlstm,
+    mlstm_inputs,
+)
+from linvision.ops.autocast import cast_once
+from linvision.ops.fused import linear, projected_mlstm
 
 
 @stands_for(ViLBlock, "training")

@@ -9,9 +9,8 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from linvision.models.patches import resize_grid
-from linvision.ops import block_diagonal, causal_conv1d, depthwise_conv2d, mlstm
+from linvision.ops import BLOCK_SIZE, block_diagonal, causal_conv1d, depthwise_conv2d, mlstm
 
-BLOCK_SIZE = 4
 NUM_HEADS = 4
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from linvision.models.forms import halves, linear_parameters, stands_for
 from linvision.models.vim.layers import CausalConv, MambaMixer, VimLayer, add_residual, decay
-from linvision.ops import selective_scan
-from linvision.ops.fused import LinearParameters, cast_once, linear
+from linvision.ops import LinearParameters, selective_scan
+from linvision.ops.autocast import cast_once
+from linvision.ops.fused import linear
 
 
 class _Scanned(NamedTuple):

@@ -1,7 +1,10 @@
-"""Stand-in until the merge."""
+"""What exists for inference alone: several ops in one pass over memory, without gradients.
 
-from linvision.ops.linear import LayerNorm as LayerNormParameters
-from linvision.ops.linear import Linear as LinearParameters
-from linvision.ops.linear import cast_once, linear, mlp
-from linvision.ops.projected_mlstm import projected_mlstm
-from linvision.ops.window_attention import window_attention
+With gradients, under autocast and while a compiler traces each is the plain PyTorch that it stands for.
+"""
+
+from linvision.ops.fused.linear import linear, mlp
+from linvision.ops.fused.projected_mlstm import projected_mlstm
+from linvision.ops.fused.window_attention import window_attention
+
+__all__ = ["linear", "mlp", "projected_mlstm", "window_attention"]

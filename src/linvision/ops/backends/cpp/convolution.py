@@ -1,4 +1,4 @@
-"""Depthwise convolution in C++: the body of ``linvision.ops.convolution`` on a CPU (``kernels/convolution.cpp``)."""
+"""Depthwise convolution in C++: ``linvision.ops.convolution`` on a CPU (``kernels/convolution.cpp``)."""
 
 import ctypes
 
@@ -8,7 +8,6 @@ from torch import Tensor
 from linvision.ops.backends.cpp.library import DTYPES, Grid, call, pointer, readable, unreadable
 from linvision.ops.backends.strides import with_unit_stride
 
-DEVICE = "cpu"
 MAX_KERNEL = 15
 
 
@@ -37,11 +36,8 @@ class _Backward(ctypes.Structure):
     ]
 
 
-def refuses(*tensors: Tensor | None) -> str | None:
-    """Say why these inputs (x, weight, ...) cannot be computed, or return None if they can."""
-    x, weight = tensors[:2]
-    assert x is not None
-    assert weight is not None
+def unsupported(x: Tensor, weight: Tensor) -> str | None:
+    """Say why no kernel can compute this, or return None if one can."""
     reason = unreadable(x)
     if reason is None and max(weight.shape[-2:]) > MAX_KERNEL:
         return f"a kernel of {tuple(weight.shape[-2:])}, above {MAX_KERNEL}"

@@ -1,4 +1,4 @@
-"""Head norm, skip and gate in C++: the body of ``linvision.ops.gated_norm`` on a CPU (``kernels/gated_norm.cpp``)."""
+"""Head norm, skip and gate in C++: ``linvision.ops.gated_norm`` on a CPU (``kernels/gated_norm.cpp``)."""
 
 import ctypes
 
@@ -7,8 +7,6 @@ from torch import Tensor
 
 from linvision.ops.backends.cpp.library import DTYPES, Strided, call, pointer, readable, unreadable
 from linvision.ops.backends.strides import with_unit_stride
-
-DEVICE = "cpu"
 
 _TAIL = [
     *((name, ctypes.c_int64) for name in ("batch", "tokens", "heads", "head_dim")),
@@ -33,10 +31,8 @@ class _Backward(ctypes.Structure):
     ]
 
 
-def refuses(*tensors: Tensor | None) -> str | None:
-    """Say why these inputs (h, ...) cannot be computed, or return None if they can."""
-    h = tensors[0]
-    assert h is not None
+def unsupported(h: Tensor) -> str | None:
+    """Say why no kernel can compute this, or return None if one can."""
     return unreadable(h)
 
 
@@ -44,9 +40,7 @@ def forward(
     h: Tensor, c: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor | None, skip: Tensor, eps: float
 ) -> Tensor:
     """Normalise the heads of h (B, S, H, D), add skip * c and gate by z, if it is there: (B, S, E)."""
-    h_, c_, z_ = (None if x is None else readable(x) for x in (h, c, z))
-    assert h_ is not None
-    assert c_ is not None
+    h_, c_, z_ = readable(h), readable(c), None if z is None else readable(z)
     parameters = [None if x is None else x.float().contiguous() for x in (weight, bias, skip)]
     y = c_.new_empty(c_.shape)
     arguments = _Forward(

@@ -9,6 +9,7 @@ from typing import Any
 import torch  # before the library: it brings the OpenMP runtime that both are to share
 from torch import Tensor
 
+from linvision.ops.backends.cpp.allocator import keep_freed_memory
 from linvision.ops.backends.strides import with_unit_stride
 
 LIBRARY = "liblinvision.so"
@@ -69,6 +70,13 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
+@cache
+def _in_use() -> Any:
+    """Return the library for a kernel to run; the first that does has freed memory kept for the following ones."""
+    keep_freed_memory()
+    return library()
+
+
 @torch.compiler.assume_constant_result  # what torch.compile traces need not know how a library is loaded
 def missing() -> str | None:
     """Say why no kernel can run, or return None if they can."""
@@ -88,10 +96,9 @@ def call(function: str, arguments: ctypes.Structure) -> None:
 
     Raises:
         MemoryError: there was none left for a kernel's scratch.
-        NotImplementedError: the kernel cannot compute this on this CPU; ``refuses`` is to see to it beforehand.
+        NotImplementedError: the kernel cannot compute this on this CPU; ``unsupported`` is to see to it beforehand.
     """
-    loaded: Any = library()
-    status = getattr(loaded, function)(ctypes.byref(arguments))
+    status = getattr(_in_use(), function)(ctypes.byref(arguments))
     if status == _OUT_OF_MEMORY:
         raise MemoryError(f"{function}: out of memory")
     if status:

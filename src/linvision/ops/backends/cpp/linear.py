@@ -1,25 +1,24 @@
-"""Linear layers and MLPs in C++: the body of ``linvision.ops.linear`` on a CPU (``kernels/linear.cpp``)."""
+"""Linear layers in C++ (``kernels/linear.cpp``): ``linvision.ops.fused.linear`` on a CPU, and what its likes share."""
 
 import ctypes
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from linvision.ops.backends.cpp.library import DTYPES, call, level, pointer, unreadable
 from linvision.ops.backends.strides import with_unit_stride
-
-if TYPE_CHECKING:
-    from linvision.ops.linear import LayerNorm, Linear
-
-DEVICE = "cpu"
+from linvision.ops.parameters import LayerNormParameters, LinearParameters
 
 
-class _Rows(ctypes.Structure):
+class Rows(ctypes.Structure):
+    """Tokens (rows, channels), channels contiguous."""
+
     _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64)]
 
     @classmethod
-    def of(cls, x: Tensor | None) -> "_Rows":
+    def of(cls, x: Tensor | None) -> "Rows":
+        """Describe a matrix, which must outlive the call."""
         return cls(None, 0) if x is None else cls(x.data_ptr(), x.stride(0))
 
 
@@ -38,26 +37,16 @@ class LayerArguments(ctypes.Structure):
     ]
 
 
-_FLAGS = [(name, ctypes.c_int32) for name in ("dtype", "threads")]
+FLAGS = [(name, ctypes.c_int32) for name in ("dtype", "threads")]
 
 
 class _Linear(ctypes.Structure):
     _fields_ = [
-        *((name, _Rows) for name in ("x", "gate", "residual", "y")),
+        *((name, Rows) for name in ("x", "gate", "residual", "y")),
         ("norm", NormArguments),
         ("layer", LayerArguments),
         ("rows", ctypes.c_int64),
-        *_FLAGS,
-    ]
-
-
-class _Mlp(ctypes.Structure):
-    _fields_ = [
-        *((name, _Rows) for name in ("x", "residual", "y")),
-        ("norm", NormArguments),
-        *((name, LayerArguments) for name in ("first", "second")),
-        ("rows", ctypes.c_int64),
-        *_FLAGS,
+        *FLAGS,
     ]
 
 
@@ -67,13 +56,13 @@ class Parameters:
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
 
-    def norm(self, norm: "LayerNorm | None") -> NormArguments:
+    def norm(self, norm: LayerNormParameters | None) -> NormArguments:
         """Describe a layer norm."""
         if norm is None:
             return NormArguments(None, None, 0.0)
         return NormArguments(self._floats(norm.weight), self._floats(norm.bias), norm.eps)
 
-    def layer(self, layer: "Linear") -> LayerArguments:
+    def layer(self, layer: LinearParameters) -> LayerArguments:
         """Describe a linear layer."""
         outputs, inputs = layer.weight.shape
         return LayerArguments(self._kept(layer.weight.contiguous()), self._floats(layer.bias), inputs, outputs)
@@ -86,48 +75,46 @@ class Parameters:
         return pointer(x)
 
 
-def refuses(*tensors: Tensor | None) -> str | None:
-    """Say why these inputs (tokens, weights) cannot be computed, or return None if they can."""
-    x = tensors[0]
-    assert x is not None
+def unsupported(x: Tensor, *weights: Tensor) -> str | None:
+    """Say why no kernel can multiply these tokens by these weights, or return None if one can."""
     reason = unreadable(x)
     if reason is not None:
         return reason
-    if x.dtype not in DTYPES or any(weight is not None and weight.dtype != x.dtype for weight in tensors):
-        return f"types {[str(weight.dtype) for weight in tensors if weight is not None]}, not one of {list(DTYPES)}"
-    if x.dtype == torch.bfloat16 and level() != "avx512_bf16":
+    dtype = x.dtype
+    if dtype not in DTYPES or any(weight.dtype != dtype for weight in weights):
+        return f"types {[str(tensor.dtype) for tensor in (x, *weights)]}, not one of {list(DTYPES)}"
+    if dtype == torch.bfloat16 and level() != "avx512_bf16":
         return "this CPU has no instructions for products of bfloat16"
-    if x.dtype == torch.bfloat16 and any(weight is not None and weight.shape[1] % 2 for weight in tensors[1:]):
+    if dtype == torch.bfloat16 and any(weight.shape[1] % 2 for weight in weights):
         return "products of bfloat16 take an even number of channels"
     return None
 
 
-def linear(
-    x: Tensor, layer: "Linear", norm: "LayerNorm | None", gate: Tensor | None, residual: Tensor | None
+def forward(
+    x: Tensor,
+    layer: LinearParameters,
+    norm: LayerNormParameters | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
 ) -> Tensor:
     """Map the last axis of x by a linear layer."""
-    return _run("linvision_linear_forward", _Linear, [x, gate, residual], norm, [layer])
+    return run("linvision_linear_forward", _Linear, x, [gate, residual], norm, [layer])
 
 
-def mlp(x: Tensor, first: "Linear", second: "Linear", norm: "LayerNorm | None", residual: Tensor | None) -> Tensor:
-    """Map the last axis of x by two linear layers with a GELU between them."""
-    return _run("linvision_mlp_forward", _Mlp, [x, residual], norm, [first, second])
-
-
-def _run(
+def run(
     function: str,
     structure: type[ctypes.Structure],
-    tokens: list[Tensor | None],
-    norm: "LayerNorm | None",
-    layers: "list[Linear]",
+    x: Tensor,
+    others: Sequence[Tensor | None],
+    norm: LayerNormParameters | None,
+    layers: Sequence[LinearParameters],
 ) -> Tensor:
-    x = tokens[0]
-    assert x is not None
+    """Run a kernel on the tokens of x and of others that lie beside them."""
     y = x.new_empty(*x.shape[:-1], len(layers[-1].weight))
-    rows = [None if tensor is None else _rows(tensor) for tensor in tokens]
+    rows = [None if tensor is None else _rows(tensor) for tensor in (x, *others)]
     parameters = Parameters()
     arguments = structure(
-        *map(_Rows.of, (*rows, _rows(y))),
+        *map(Rows.of, (*rows, _rows(y))),
         parameters.norm(norm),
         *map(parameters.layer, layers),
         y.numel() // y.shape[-1],

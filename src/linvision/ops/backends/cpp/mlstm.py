@@ -1,6 +1,6 @@
-"""Chunkwise mLSTM in C++: the body of ``linvision.ops.mlstm`` on a CPU, for float32, bfloat16 and float16.
+"""Chunkwise mLSTM in C++ (``linvision.ops.mlstm``), for float32, bfloat16 and float16.
 
-The mathematics stands in ``linvision.ops._mlstm_chunkwise``, the kernels in ``kernels/mlstm*.cpp``.
+The mathematics stands in ``linvision.ops.backends.plain.mlstm``, the kernels in ``kernels/mlstm*.cpp``.
 """
 
 import ctypes
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from linvision.ops.backends.cpp.library import DTYPES, Strided, call, pointer, readable, unreadable
 
-DEVICE = "cpu"
 MAX_HEAD_DIM = 1024
 
 State = tuple[Tensor, Tensor, Tensor]
@@ -46,10 +45,8 @@ class _Backward(ctypes.Structure):
     ]
 
 
-def refuses(*tensors: Tensor | None) -> str | None:
-    """Say why these inputs (q, k, v, i, f, ...) cannot be computed, or return None if they can."""
-    q = tensors[0]
-    assert q is not None
+def unsupported(q: Tensor) -> str | None:
+    """Say why no kernel can compute this, or return None if one can."""
     reason = unreadable(q)
     if reason is None and q.shape[-1] > MAX_HEAD_DIM:
         return f"heads of {q.shape[-1]} channels, above {MAX_HEAD_DIM}"

@@ -1,4 +1,4 @@
-"""Projections and mLSTM in C++, chunk by chunk: the body of ``linvision.ops.projected_mlstm`` on a CPU."""
+"""Projections and mLSTM in C++, chunk by chunk: ``linvision.ops.fused.projected_mlstm`` on a CPU."""
 
 import ctypes
 from collections.abc import Sequence
@@ -6,21 +6,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from linvision.ops.backends.cpp import block_diagonal, mlstm
+from linvision.ops.backends.cpp import mlstm, mlstm_inputs
 from linvision.ops.backends.cpp.library import DTYPES, Strided, call, pointer, readable
-
-DEVICE = "cpu"
 
 
 class _Forward(ctypes.Structure):
-    _fields_ = [("projections", block_diagonal.Forward), ("mlstm", mlstm.Forward)]
+    _fields_ = [("inputs", mlstm_inputs.Forward), ("mlstm", mlstm.Forward)]
 
 
-def refuses(*tensors: Tensor | None) -> str | None:
-    """Say why these inputs (c, i's bias, ...) cannot be computed, or return None if they can."""
-    c, gate_bias = tensors[:2]
-    reason = block_diagonal.refuses(*tensors)
-    if reason is not None or c is None or gate_bias is None:
+def unsupported(c: Tensor, gate_bias: Tensor) -> str | None:
+    """Say why no kernel can compute this, or return None if one can."""
+    reason = mlstm_inputs.unsupported(c, gate_bias)
+    if reason is not None:
         return reason
     head_dim = c.shape[-1] // len(gate_bias)
     if head_dim % 4 or head_dim > mlstm.MAX_HEAD_DIM:
@@ -42,15 +39,15 @@ def forward(
     c_, x_ = (readable(tensor) for tensor in (c, x))
     i, f = (c_.new_empty(*c.shape[:2], len(gate_biases[0]), dtype=torch.float32) for _ in range(2))
     h = c_.new_empty(*i.shape, c.shape[-1] // i.shape[-1])
-    parameters = [block_diagonal.floats(group) for group in (weights, biases, gate_weights, gate_biases)]
+    parameters = [mlstm_inputs.floats(group) for group in (weights, biases, gate_weights, gate_biases)]
     flags = (DTYPES[c_.dtype], torch.get_num_threads())
     none = Strided.of(None)
-    projections = block_diagonal.Forward(
+    inputs = mlstm_inputs.Forward(
         *(Strided.of(tensor) for tensor in (c_, x_)),
         *(none, none, none),
         pointer(i),
         pointer(f),
-        *(block_diagonal.addresses(group) for group in parameters),
+        *(mlstm_inputs.addresses(group) for group in parameters),
         *c.shape,
         i.shape[-1],
         *flags,
@@ -65,5 +62,5 @@ def forward(
         reverse,
         flags[1],
     )
-    call("linvision_projected_mlstm_forward", _Forward(projections, recurrence))
+    call("linvision_projected_mlstm_forward", _Forward(inputs, recurrence))
     return h.to(c.dtype)

@@ -1,4 +1,4 @@
-"""Selective scan in C++: the body of ``linvision.ops.selective_scan`` on a CPU, for float32, bfloat16 and float16.
+"""Selective scan in C++: ``linvision.ops.selective_scan`` on a CPU, for float32, bfloat16 and float16.
 
 The equations stand in ``linvision.ops.selective_scan``, the kernels in ``kernels/selective_scan*.cpp``.
 """
@@ -8,11 +8,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from linvision.ops._selective_scan_tiled import Inputs, interval
 from linvision.ops.backends.cpp.library import DTYPES, Strided, call, pointer, unreadable
+from linvision.ops.backends.scan_inputs import Inputs, interval
 from linvision.ops.backends.strides import with_unit_stride
-
-DEVICE: str | None = "cpu"
 
 # Channels are grouped into pieces of work, as wide as possible for the sake of memory, as many as keep all threads busy
 # for this share of the time. Their scratch memory, half a kilobyte for each token between kept states and vector of
@@ -47,10 +45,8 @@ class _Backward(ctypes.Structure):
     ]
 
 
-def refuses(*tensors: Tensor | None) -> str | None:
-    """Say why these inputs (u, ...) cannot be computed, or return None if they can."""
-    u = tensors[0]
-    assert u is not None
+def unsupported(u: Tensor, A: Tensor) -> str | None:
+    """Say why no kernel can compute this, or return None if one can."""
     return unreadable(u)
 
 

@@ -1,21 +1,16 @@
-"""Window attention in C++ (``kernels/window_attention.cpp``): the body of ``linvision.ops.window_attention``."""
+"""Window attention in C++ (``kernels/window_attention.cpp``): ``linvision.ops.fused.window_attention`` on a CPU."""
 
 import ctypes
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from linvision.ops.backends.cpp import linear
 from linvision.ops.backends.cpp.library import DTYPES, Grid, call
-from linvision.ops.backends.cpp.linear import LayerArguments, NormArguments, Parameters
+from linvision.ops.backends.cpp.linear import LayerArguments, NormArguments, Parameters, unsupported
 from linvision.ops.backends.strides import with_unit_stride
+from linvision.ops.parameters import LayerNormParameters, LinearParameters
 
-if TYPE_CHECKING:
-    from linvision.ops.linear import LayerNorm, Linear
-
-DEVICE = "cpu"
-refuses = linear.refuses
+__all__ = ["forward", "unsupported"]
 
 
 class _Forward(ctypes.Structure):
@@ -28,7 +23,14 @@ class _Forward(ctypes.Structure):
     ]
 
 
-def forward(x: Tensor, qkv: "Linear", proj: "Linear", norm: "LayerNorm", num_heads: int, window_size: int) -> Tensor:
+def forward(
+    x: Tensor,
+    qkv: LinearParameters,
+    proj: LinearParameters,
+    norm: LayerNormParameters,
+    num_heads: int,
+    window_size: int,
+) -> Tensor:
     """Add to each token of x (B, H, W, C) what its window holds for it."""
     parameters, x_ = Parameters(), with_unit_stride(x)
     y = x.new_empty(x.shape)

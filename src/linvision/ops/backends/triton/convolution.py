@@ -1,4 +1,4 @@
-"""Depthwise convolution in Triton: the body of ``linvision.ops.convolution`` on a GPU.
+"""Depthwise convolution in Triton: ``linvision.ops.convolution`` on a GPU.
 
 Bias and activation are part of the one kernel forward. Backward, a kernel computes the sums again for the activation's
 derivative and adds up the parameters' gradients; the tokens' gradients are the convolution of these, turned around.
@@ -13,17 +13,13 @@ from torch import Tensor
 from linvision.ops.backends.strides import contiguous, with_unit_stride
 from linvision.ops.backends.triton.device import launch, power_of_two, tiles_and_pieces, unusable
 
-DEVICE = "cuda"
 MAX_TAPS = 49
 CHANNELS = 64
 FORWARD_TOKENS, BACKWARD_TOKENS = 32, 16  # of a tile; backward there is a sum to keep for each tap
 
 
-def refuses(*tensors: Tensor | None) -> str | None:
-    """Say why these inputs (x, weight, ...) cannot be computed, or return None if they can."""
-    x, weight = tensors[:2]
-    assert x is not None
-    assert weight is not None
+def unsupported(x: Tensor, weight: Tensor) -> str | None:
+    """Say why no kernel can compute this, or return None if one can."""
     reason = unusable(x)
     if reason is None and weight[0].numel() > MAX_TAPS:
         return f"a kernel of {weight[0].numel()} taps, above {MAX_TAPS}"

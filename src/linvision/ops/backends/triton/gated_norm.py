@@ -1,4 +1,4 @@
-"""Head norm, skip and gate in Triton: the body of ``linvision.ops.gated_norm`` on a GPU, computed in float32."""
+"""Head norm, skip and gate in Triton: ``linvision.ops.gated_norm`` on a GPU, computed in float32."""
 
 from typing import Any
 
@@ -8,15 +8,12 @@ from torch import Tensor
 from linvision.ops.backends.strides import contiguous, leading_strides, with_unit_stride
 from linvision.ops.backends.triton.device import launch, power_of_two, tiles_and_pieces, unusable
 
-DEVICE = "cuda"
 MAX_HEAD_DIM = 1024
 FORWARD_SIZE, BACKWARD_SIZE = 2048, 1024  # numbers of a tile; backward there are more of them to hold
 
 
-def refuses(*tensors: Tensor | None) -> str | None:
-    """Say why these inputs (h, ...) cannot be computed, or return None if they can."""
-    h = tensors[0]
-    assert h is not None
+def unsupported(h: Tensor) -> str | None:
+    """Say why no kernel can compute this, or return None if one can."""
     reason = unusable(h)
     if reason is None and h.shape[-1] > MAX_HEAD_DIM:
         return f"heads of {h.shape[-1]} channels, above {MAX_HEAD_DIM}"

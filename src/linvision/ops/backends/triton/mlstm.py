@@ -1,8 +1,9 @@
-"""Chunkwise mLSTM in Triton: the body of ``linvision.ops.mlstm`` on a GPU, for float32, bfloat16 and float16.
+"""Chunkwise mLSTM in Triton: ``linvision.ops.mlstm`` on a GPU, for float32, bfloat16 and float16.
 
-The mathematics stands in ``linvision.ops._mlstm_chunkwise``. Forward: gates (``mlstm_gates``), states before all chunks
-(``mlstm_states``; none where one chunk holds the sequence), then all chunks at once (``mlstm_chunks``). Backward: gates
-and states again, norms, the states' gradients, then dq, dk and dv chunk by chunk, and the gates' gradients.
+The mathematics stands in ``linvision.ops.backends.plain.mlstm``. Forward: gates (``mlstm_gates``), states before all
+chunks (``mlstm_states``; none where one chunk holds the sequence), then all chunks at once (``mlstm_chunks``).
+Backward: gates and states again, norms, the states' gradients, then dq, dk and dv chunk by chunk, and the gates'
+gradients.
 
 Gates are float64 where they are cumulated, states and sums float32. Kernels take strides, so that no input is copied
 whose channels lie together; offsets are 64 bits wide. Tiles are sized by registers and shared memory; no result depends
@@ -26,7 +27,6 @@ from linvision.ops.backends.triton.device import (
     unusable,
 )
 
-DEVICE = "cuda"
 MAX_HEAD_DIM = 512
 EPS = 1e-6
 
@@ -40,10 +40,8 @@ REGISTERS = 128  # of a thread, in kernels that wait for memory more than they m
 State = tuple[Tensor, Tensor, Tensor]
 
 
-def refuses(*tensors: Tensor | None) -> str | None:
-    """Say why these inputs (q, k, v, i, f, ...) cannot be computed, or return None if they can."""
-    q = tensors[0]
-    assert q is not None
+def unsupported(q: Tensor) -> str | None:
+    """Say why no kernel can compute this, or return None if one can."""
     reason = unusable(q)
     if reason is None and q.shape[-1] > MAX_HEAD_DIM:
         return f"heads of {q.shape[-1]} channels, above {MAX_HEAD_DIM}"

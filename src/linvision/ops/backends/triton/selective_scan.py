@@ -1,19 +1,19 @@
-"""Selective scan in Triton: the body of ``linvision.ops.selective_scan`` on a GPU, for float32, bfloat16 and float16.
+"""Selective scan in Triton: ``linvision.ops.selective_scan`` on a GPU, for float32, bfloat16 and float16.
 
 Bias, softplus, D, the residual and the gate z are part of the one kernel of each direction
 (``selective_scan_kernels``). The backward pass computes states again from those kept at every ``interval(N)``-th token,
-as ``linvision.ops._selective_scan_tiled`` lays them out. Sums over channels or sequences come in parts, added by
-PyTorch in a fixed order: results do not change from run to run. States and sums are float32; offsets are 64 bits wide.
+as ``linvision.ops.backends.plain.selective_scan`` lays them out. Sums over channels or sequences come in parts, added
+by PyTorch in a fixed order: results do not change from run to run. States and sums are float32; offsets are 64 bits
+wide.
 """
 
 import torch
 from torch import Tensor
 
-from linvision.ops._selective_scan_tiled import Inputs, interval
+from linvision.ops.backends.scan_inputs import Inputs, interval
 from linvision.ops.backends.strides import with_unit_stride
 from linvision.ops.backends.triton.device import launch, power_of_two, unusable
 
-DEVICE = "cuda"
 MAX_STATES = 256
 CHANNELS = 32  # of a program: a warp's threads. Where a warp has 64, as on AMD, 64: either is right, this is fast
 STATES_OF_WARP = 16  # above these, warps share the states
@@ -32,11 +32,8 @@ GRADIENTS = (
 )  # as the kernel's arguments
 
 
-def refuses(*tensors: Tensor | None) -> str | None:
-    """Say why these inputs (u, delta, A, ...) cannot be computed, or return None if they can."""
-    u, A = tensors[0], tensors[2]
-    assert u is not None
-    assert A is not None
+def unsupported(u: Tensor, A: Tensor) -> str | None:
+    """Say why no kernel can compute this, or return None if one can."""
     reason = unusable(u)
     if reason is None and A.shape[1] > MAX_STATES:
         return f"{A.shape[1]} states a channel, above {MAX_STATES}"

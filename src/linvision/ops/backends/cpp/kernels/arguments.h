@@ -86,7 +86,7 @@ struct DepthwiseConvBackward {
   int32_t dtype, silu, reverse, threads;
 };
 
-struct QkvForward {
+struct MlstmInputsForward {
   Strided c, x, q, k, v;                              // (B, S, E); without q only the gates are computed
   float *i, *f;                                       // (B, S, H), contiguous
   const float *weights[3], *biases[3];                // (E / 4, 4, 4) and, where given, (E,), of q, k and v
@@ -95,13 +95,13 @@ struct QkvForward {
   int32_t dtype, threads;
 };
 
-// The gates of `projections`, then the mLSTM of the q, k and v that they would give.
+// The gates of `inputs`, then the mLSTM of the q, k and v that they would give.
 struct ProjectedMlstmForward {
-  QkvForward projections;
+  MlstmInputsForward inputs;
   MlstmForward mlstm;
 };
 
-struct QkvBackward {
+struct MlstmInputsBackward {
   Strided c, x, dq, dk, dv, dc, dx;
   const float *di, *df;
   const float *weights[3], *biases[3], *gate_weights[2];

@@ -9,20 +9,20 @@
 #endif
 
 // Every kernel with the structure of its arguments.
-#define LINVISION_KERNELS(X)                          \
-  X(mlstm_forward, MlstmForward)                      \
-  X(projected_mlstm_forward, ProjectedMlstmForward)   \
-  X(mlstm_backward, MlstmBackward)                    \
-  X(selective_scan_forward, SelectiveScanForward)     \
-  X(selective_scan_backward, SelectiveScanBackward)   \
-  X(depthwise_conv_forward, DepthwiseConvForward)     \
-  X(depthwise_conv_backward, DepthwiseConvBackward)   \
-  X(qkv_forward, QkvForward)                          \
-  X(qkv_backward, QkvBackward)                        \
-  X(gated_norm_forward, GatedNormForward)             \
-  X(gated_norm_backward, GatedNormBackward)           \
-  X(linear_forward, LinearForward)                    \
-  X(mlp_forward, MlpForward)                          \
+#define LINVISION_KERNELS(X)                        \
+  X(mlstm_forward, MlstmForward)                    \
+  X(projected_mlstm_forward, ProjectedMlstmForward) \
+  X(mlstm_backward, MlstmBackward)                  \
+  X(selective_scan_forward, SelectiveScanForward)   \
+  X(selective_scan_backward, SelectiveScanBackward) \
+  X(depthwise_conv_forward, DepthwiseConvForward)   \
+  X(depthwise_conv_backward, DepthwiseConvBackward) \
+  X(mlstm_inputs_forward, MlstmInputsForward)       \
+  X(mlstm_inputs_backward, MlstmInputsBackward)     \
+  X(gated_norm_forward, GatedNormForward)           \
+  X(gated_norm_backward, GatedNormBackward)         \
+  X(linear_forward, LinearForward)                  \
+  X(mlp_forward, MlpForward)                        \
   X(window_attention_forward, WindowAttentionForward)
 
 namespace linvision {

@@ -8,7 +8,7 @@
 // is nothing more than another order of these copies. Sequences are cut into chunks of one length, at most kChunk, of
 // which as few tokens as possible are padding.
 
-#include "block_diagonal.h"
+#include "mlstm_inputs.h"
 #include "mlstm_chunk.h"
 
 namespace linvision {
@@ -91,7 +91,7 @@ struct GivenTokens {
 // Queries and keys that are projected from c, values from x.
 template <typename T>
 struct ProjectedTokens {
-  const QkvForward& args;
+  const MlstmInputsForward& args;
   const ProjectionWeights& weights;
   int64_t head_dim;
 
@@ -238,9 +238,9 @@ int32_t mlstm_forward(const MlstmForward& args) {
 }
 
 int32_t projected_mlstm_forward(const ProjectedMlstmForward& args) {
-  const QkvForward& from = args.projections;
+  const MlstmInputsForward& from = args.inputs;
   const ProjectionWeights weights(from.weights, from.biases, from.gate_weights, from.width, from.heads);
-  const int32_t status = qkv_forward(from, weights);
+  const int32_t status = mlstm_inputs_forward(from, weights);
   if (status != kDone) return status;
   const int64_t head_dim = args.mlstm.head_dim;
   return from.dtype == kBFloat16 ? forward<BFloat16>(args.mlstm, ProjectedTokens<BFloat16>{from, weights, head_dim})

@@ -5,8 +5,8 @@ import torch
 
 from linvision.ops import use_backend
 from tests.ops import kernels
-from tests.ops.test_block_diagonal import project, random_inputs
-from tests.ops.triton_kernels import DEVICE, runs_kernels
+from tests.ops.test_mlstm_inputs import project, random_inputs
+from tests.ops.triton_kernels import DEVICE, long, runs_kernels
 
 pytestmark = [runs_kernels, pytest.mark.usefixtures("nearest")]
 
@@ -18,7 +18,7 @@ def inputs(*size, dtype=torch.float32, bias=True):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "size",
-    [(2, 1, 4, 1), (1, 13, 20, 3), (3, 70, 48, 4), (1, 1100, 12, 2), (1, 5, 64, 8), (0, 5, 8, 2), (2, 0, 8, 2)],
+    [(2, 1, 4, 1), (1, 13, 20, 3), (1, 70, 48, 4), long((1, 1100, 12, 2)), (1, 5, 64, 8), (0, 5, 8, 2), (2, 0, 8, 2)],
 )
 def test_definition(size, dtype):
     for bias in (True, False):

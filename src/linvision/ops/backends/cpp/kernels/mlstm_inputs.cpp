@@ -1,7 +1,7 @@
 // Queries and keys from c, values from x, by block-diagonal matrices of 4x4 blocks, and the gates from all three:
 // forward and backward.
 
-#include "block_diagonal.h"
+#include "mlstm_inputs.h"
 
 namespace linvision {
 namespace LINVISION_ISA {
@@ -16,7 +16,7 @@ using Rows = TokenRows<T, kTokens>;
 // The gates as linear maps of c and x themselves, since q, k and v are: two rows of channels and a constant for each.
 class FoldedGates {
  public:
-  FoldedGates(const QkvForward& args, const ProjectionWeights& weights)
+  FoldedGates(const MlstmInputsForward& args, const ProjectionWeights& weights)
       : stride_(weights.stride), memory_(weights.num_gates * 2 * weights.stride) {
     if (memory_.get() == nullptr) return;
     for (int64_t g = 0; g < weights.num_gates; ++g) {
@@ -47,7 +47,7 @@ class FoldedGates {
 
 // The gates of a tile from the tokens that are its sources.
 template <typename T>
-void compute_gates(const QkvForward& args, const FoldedGates& gates, const T* const (&c_rows)[kTokens],
+void compute_gates(const MlstmInputsForward& args, const FoldedGates& gates, const T* const (&c_rows)[kTokens],
                    const T* const (&x_rows)[kTokens], int64_t first, int64_t last) {
   for (int64_t g = 0; g < 2 * args.heads; g += kGates) {
     Vec sums[kTokens][kGates] = {};
@@ -76,7 +76,7 @@ void compute_gates(const QkvForward& args, const FoldedGates& gates, const T* co
 }
 
 template <typename T>
-int32_t forward(const QkvForward& args, const ProjectionWeights& weights) {
+int32_t forward(const MlstmInputsForward& args, const ProjectionWeights& weights) {
   if (weights.missing()) return kOutOfMemory;
   const FoldedGates gates(args, weights);
   if (gates.missing()) return kOutOfMemory;
@@ -133,7 +133,7 @@ struct Gradients {
   float* gate(int64_t g, int p) const { return data + (15 + g * 3 + p) * stride; }
   float* gate_biases() const { return data + (15 + 3 * num_gates) * stride; }
 
-  void write(const QkvBackward& args) const {
+  void write(const MlstmInputsBackward& args) const {
     for (int p = 0; p < 3; ++p) {
       for (int64_t c = 0; c < args.width; ++c) {
         const int64_t j = c % kBlock;
@@ -192,7 +192,7 @@ LINVISION_INLINE void differentiate(const ProjectionWeights& weights, const Grad
 }
 
 template <typename T>
-int32_t backward(const QkvBackward& args) {
+int32_t backward(const MlstmInputsBackward& args) {
   const ProjectionWeights weights(args.weights, args.biases, args.gate_weights, args.width, args.heads);
   const TokenBlocks blocks(args.batch * args.tokens, kTokens, 4 * larger(1, args.threads));
   const int64_t num_gates = 2 * args.heads, size = Gradients::size(weights), num_parts = larger(1, blocks.count);
@@ -258,15 +258,16 @@ int32_t backward(const QkvBackward& args) {
 
 }  // namespace
 
-int32_t qkv_forward(const QkvForward& args, const ProjectionWeights& weights) {
+int32_t mlstm_inputs_forward(const MlstmInputsForward& args, const ProjectionWeights& weights) {
   return args.dtype == kBFloat16 ? forward<BFloat16>(args, weights) : forward<float>(args, weights);
 }
 
-int32_t qkv_forward(const QkvForward& args) {
-  return qkv_forward(args, ProjectionWeights(args.weights, args.biases, args.gate_weights, args.width, args.heads));
+int32_t mlstm_inputs_forward(const MlstmInputsForward& args) {
+  const ProjectionWeights weights(args.weights, args.biases, args.gate_weights, args.width, args.heads);
+  return mlstm_inputs_forward(args, weights);
 }
 
-int32_t qkv_backward(const QkvBackward& args) {
+int32_t mlstm_inputs_backward(const MlstmInputsBackward& args) {
   return args.dtype == kBFloat16 ? backward<BFloat16>(args) : backward<float>(args);
 }
 

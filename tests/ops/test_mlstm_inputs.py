@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from linvision.ops import BlockDiagonal, Gate, block_diagonal, mlstm_inputs, use_backend
+from linvision.ops import BlockDiagonalParameters, GateParameters, block_diagonal, mlstm_inputs, use_backend
 from tests.ops import kernels
 
 
@@ -19,8 +19,8 @@ def random_inputs(batch, tokens, width, heads, *, dtype=torch.float32, bias=True
 
 
 def project(c, x, wq, wk, wv, bq, bk, bv, wi, wf, bi, bf):
-    projections = (BlockDiagonal(wq, bq), BlockDiagonal(wk, bk), BlockDiagonal(wv, bv))
-    return tuple(mlstm_inputs(c, x, *projections, i=Gate(wi, bi), f=Gate(wf, bf)))
+    projections = (BlockDiagonalParameters(wq, bq), BlockDiagonalParameters(wk, bk), BlockDiagonalParameters(wv, bv))
+    return tuple(mlstm_inputs(c, x, *projections, i=GateParameters(wi, bi), f=GateParameters(wf, bf)))
 
 
 @pytest.mark.parametrize("backend", kernels.BACKENDS)
@@ -135,12 +135,12 @@ def test_flops_do_not_depend_on_the_backend():
 @pytest.mark.parametrize(
     ("place", "shape", "message"),
     [
-        (0, (2, 5, 16), "one shape"),
+        (0, (2, 5, 16), "x must have shape"),
         (2, (2, 4, 4), "q.weight must have shape"),
         (5, (8,), "q.bias must have shape"),
         (9, (2, 12), "f.weight must have shape"),
-        (10, (3,), "i.bias must have shape"),
-        (11, (0,), "at least one channel and head"),
+        (10, (3,), "i.weight must have shape"),
+        (11, (0,), "f.bias must have shape"),
     ],
 )
 def test_wrong_shapes(place, shape, message):
@@ -156,5 +156,5 @@ def test_wrong_types_and_devices():
         project(inputs[0].double(), *inputs[1:])
     with pytest.raises(ValueError, match="on one device"):
         project(inputs[0], inputs[1].to("meta"), *inputs[2:])
-    with pytest.raises(ValueError, match=r"x must be \(B, S, 4 G\)"):
+    with pytest.raises(ValueError, match=r"weight must have shape \(G, 4, 4\)"):
         block_diagonal(inputs[0], inputs[2][:2])

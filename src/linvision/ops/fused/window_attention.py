@@ -14,13 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from linvision.ops._dispatch import Dispatcher, Plain
-from linvision.ops.backends.cpp import window_attention as cpp_window_attention
-from linvision.ops.linear import LayerNorm, Linear, check_layers, normalise, project
+from linvision.ops.checks import check, check_axes
+from linvision.ops.dispatch import Dispatcher
+from linvision.ops.fused.linear import layer_rows, normalise, project
+from linvision.ops.parameters import LayerNormParameters, LinearParameters
 
 
 def window_attention(
-    x: Tensor, qkv: Linear, proj: Linear, *, norm: LayerNorm, num_heads: int, window_size: int
+    x: Tensor,
+    qkv: LinearParameters,
+    proj: LinearParameters,
+    *,
+    norm: LayerNormParameters,
+    num_heads: int,
+    window_size: int,
 ) -> Tensor:
     """Add to each token what attention within its window finds for it (equation above).
 
@@ -38,11 +45,10 @@ def window_attention(
     Raises:
         ValueError: where shapes, types or devices disagree, the heads do not divide C, or for a window below 1.
     """
-    if x.ndim != 4:
-        raise ValueError(f"window_attention: x must be (B, H, W, C) but has shape {tuple(x.shape)}")
+    check_axes("window_attention", "x", x, "BHWC")
     width = x.shape[-1]
-    check_layers("window_attention", x, [qkv], norm)
-    check_layers("window_attention", x, [proj], None)
+    rows = layer_rows("window_attention", x, ("qkv", qkv), norm=norm)
+    check("window_attention", "x", x, *rows, *layer_rows("window_attention", x, ("proj", proj)))
     if len(qkv.weight) != 3 * width or len(proj.weight) != width or num_heads < 1 or width % num_heads:
         raise ValueError(
             f"window_attention: for {width} channels qkv must have {3 * width} outputs, proj {width}, and the heads "
@@ -50,8 +56,9 @@ def window_attention(
         )
     if window_size < 1:
         raise ValueError(f"window_attention: window_size={window_size}: a window has at least 1 token along a side")
-    if BODIES.runs_plain(x, qkv.weight, proj.weight):
-        return _plain(x, qkv, proj, norm, num_heads, window_size)
+    form = IMPLEMENTATIONS.inlined(x, qkv.weight, proj.weight, inference_only=True)
+    if form is not None:
+        return form(x, qkv, proj, norm, num_heads, window_size)
     return torch.ops.linvision.window_attention(x, *qkv, *proj, *norm, num_heads, window_size)
 
 
@@ -80,12 +87,19 @@ def attend_in_windows(
     return x[:, :H, :W]
 
 
-def _plain(x: Tensor, qkv: Linear, proj: Linear, norm: LayerNorm, num_heads: int, window_size: int) -> Tensor:
+def _reference(
+    x: Tensor,
+    qkv: LinearParameters,
+    proj: LinearParameters,
+    norm: LayerNormParameters,
+    num_heads: int,
+    window_size: int,
+) -> Tensor:
     layers = [partial(project, layer=layer) for layer in (qkv, proj)]
     return x + attend_in_windows(normalise(x, norm), *layers, num_heads=num_heads, window_size=window_size)
 
 
-BODIES = Dispatcher("window_attention", {"cpp": cpp_window_attention, "plain": Plain(_plain)}, inference_only=True)
+IMPLEMENTATIONS = Dispatcher("window_attention", reference=_reference)
 
 
 # The op as torch sees it: opaque, with a meta kernel and counted operations.
@@ -104,8 +118,9 @@ def _window_attention(
     num_heads: int,
     window_size: int,
 ) -> Tensor:
-    qkv, proj = Linear(qkv_weight, qkv_bias), Linear(proj_weight, proj_bias)
-    return cpp_window_attention.forward(x, qkv, proj, LayerNorm(norm_weight, norm_bias, eps), num_heads, window_size)
+    qkv, proj = LinearParameters(qkv_weight, qkv_bias), LinearParameters(proj_weight, proj_bias)
+    norm = LayerNormParameters(norm_weight, norm_bias, eps)
+    return IMPLEMENTATIONS.choose(x, qkv_weight, proj_weight).forward(x, qkv, proj, norm, num_heads, window_size)
 
 
 @_window_attention.register_fake

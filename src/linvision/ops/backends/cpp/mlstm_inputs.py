@@ -1,4 +1,4 @@
-"""Block-diagonal q, k, v and gates in C++: the body of ``linvision.ops.block_diagonal`` on a CPU."""
+"""What ViL's mLSTM is fed, in C++ (``kernels/mlstm_inputs.cpp``): ``linvision.ops.mlstm_inputs`` on a CPU."""
 
 import ctypes
 from collections.abc import Sequence
@@ -8,7 +8,6 @@ from torch import Tensor
 
 from linvision.ops.backends.cpp.library import DTYPES, Strided, call, pointer, readable, unreadable
 
-DEVICE = "cpu"
 MAX_HEADS = 32
 
 _Three = ctypes.c_void_p * 3
@@ -43,11 +42,8 @@ class _Backward(ctypes.Structure):
     ]
 
 
-def refuses(*tensors: Tensor | None) -> str | None:
-    """Say why these inputs (c, i's bias, ...) cannot be computed, or return None if they can."""
-    c, gate_bias = tensors[:2]
-    assert c is not None
-    assert gate_bias is not None
+def unsupported(c: Tensor, gate_bias: Tensor) -> str | None:
+    """Say why no kernel can compute this, or return None if one can."""
     reason = unreadable(c)
     if reason is None and len(gate_bias) > MAX_HEADS:
         return f"{len(gate_bias)} heads, above {MAX_HEADS}"
@@ -77,7 +73,7 @@ def forward(
         DTYPES[c_.dtype],
         torch.get_num_threads(),
     )
-    call("linvision_qkv_forward", arguments)
+    call("linvision_mlstm_inputs_forward", arguments)
     return q.to(c.dtype), k.to(c.dtype), v.to(c.dtype), i, f
 
 
@@ -110,7 +106,7 @@ def backward(
         DTYPES[c_.dtype],
         torch.get_num_threads(),
     )
-    call("linvision_qkv_backward", arguments)
+    call("linvision_mlstm_inputs_backward", arguments)
     inputs = [c, x, *weights, *biases, *gate_weights, *gate_biases]
     computed = [dc, dx, *(d for group in results for d in group)]
     return [d.to(p.dtype) for d, p in zip(computed, inputs, strict=True) if d is not None and p is not None]

@@ -27,7 +27,6 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 EPS = 1e-6
-DEVICE = None  # runs on any
 
 # Cost of one entry of a chunk's (L, L) matrix and of a (D, D) state, in multiplications of a matrix product, beside the
 # products themselves: measured on a CPU, where elementwise passes and exponentials weigh in.
@@ -53,7 +52,7 @@ def chunk_length(num_tokens: int, head_dim: int) -> int:
     return min(candidates, key=cost)
 
 
-def refuses(*tensors: Tensor | None) -> str | None:
+def unsupported(q: Tensor) -> str | None:
     """Say why these inputs cannot be computed: never."""
     return None
 

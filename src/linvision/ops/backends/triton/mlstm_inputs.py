@@ -1,4 +1,4 @@
-"""ViL's q, k, v and gates in Triton: the body of ``linvision.ops.mlstm_inputs`` on a GPU, where sums are float32.
+"""What ViL's mLSTM is fed, in Triton: ``linvision.ops.mlstm_inputs`` on a GPU, where sums are float32.
 
 Channels are multiplied ``CHANNELS`` at a time, by zeros off the 4 x 4 blocks: what is not finite spreads among these.
 """
@@ -19,7 +19,6 @@ from linvision.ops.backends.triton.device import (
     unusable,
 )
 
-DEVICE = "cuda"
 MAX_HEADS = 8  # columns of both gates, in a product of 16 columns
 FORWARD_TOKENS, BACKWARD_TOKENS = 64, 32  # of a tile; backward there are more numbers to hold
 CHANNELS = 32  # of a tile; more are more zeros to multiply by
@@ -28,11 +27,8 @@ Parameters = Sequence[Tensor]
 Optionals = Sequence[Tensor | None]
 
 
-def refuses(*tensors: Tensor | None) -> str | None:
-    """Say why these inputs (c, i's bias, ...) cannot be computed, or return None if they can."""
-    c, gate_bias = tensors[:2]
-    assert c is not None
-    assert gate_bias is not None
+def unsupported(c: Tensor, gate_bias: Tensor) -> str | None:
+    """Say why no kernel can compute this, or return None if one can."""
     reason = unusable(c)
     if reason is None and len(gate_bias) > MAX_HEADS:
         return f"{len(gate_bias)} heads, above {MAX_HEADS}"
@@ -43,7 +39,7 @@ def forward(
     c: Tensor, x: Tensor, weights: Parameters, biases: Optionals, gate_weights: Parameters, gate_biases: Parameters
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute q, k, v (B, S, E) in c's type and i, f (B, S, H) in float32."""
-    from linvision.ops.backends.triton.block_diagonal_kernels import forward_kernel
+    from linvision.ops.backends.triton.mlstm_inputs_kernels import forward_kernel
 
     c, x = with_unit_stride(c), with_unit_stride(x)
     (batch, num_tokens, width), num_heads = c.shape, len(gate_biases[0])
@@ -72,7 +68,7 @@ def backward(
     gate_biases: Parameters,
 ) -> list[Tensor]:
     """Compute from those of q, k, v, i, f the gradients of all inputs, in order, the biases that are None left out."""
-    from linvision.ops.backends.triton.block_diagonal_kernels import backward_kernel
+    from linvision.ops.backends.triton.mlstm_inputs_kernels import backward_kernel
 
     c, x, dq, dk, dv = (with_unit_stride(tokens) for tokens in (c, x, *gradients[:3]))
     di, df = (d.contiguous() for d in gradients[3:])

@@ -92,8 +92,8 @@ LINVISION_INLINE Vec project_back(const ProjectionWeights& weights, int p, int64
   return x;
 }
 
-// In block_diagonal.cpp: the forward pass with weights that are laid out already.
-int32_t qkv_forward(const QkvForward& args, const ProjectionWeights& weights);
+// In mlstm_inputs.cpp: the forward pass with weights that are laid out already.
+int32_t mlstm_inputs_forward(const MlstmInputsForward& args, const ProjectionWeights& weights);
 
 }  // namespace LINVISION_ISA
 }  // namespace linvision

@@ -7,37 +7,22 @@ Without gradients a CPU computes each in one pass over the tokens, whose interme
 gradients, under autocast and while a compiler traces they are the plain PyTorch that stands for them here.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from linvision.ops._dispatch import Dispatcher, Plain, autocasts
-from linvision.ops.backends.cpp import linear as cpp_linear
-
-
-class Linear(NamedTuple):
-    """Parameters of a linear layer: weight (outputs, inputs) and bias (outputs,) or None."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-
-
-class LayerNorm(NamedTuple):
-    """Parameters of a layer norm over the last axis: weight (C,), bias (C,) or None, eps."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-    eps: float = 1e-5
+from linvision.ops.autocast import autocasts
+from linvision.ops.checks import ANY, Row, check
+from linvision.ops.dispatch import Dispatcher
+from linvision.ops.parameters import LayerNormParameters, LinearParameters
 
 
 def linear(
     x: Tensor,
-    layer: Linear,
+    layer: LinearParameters,
     *,
-    norm: LayerNorm | None = None,
+    norm: LayerNormParameters | None = None,
     gate: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
@@ -56,16 +41,29 @@ def linear(
     Raises:
         ValueError: where shapes, types or devices disagree.
     """
-    check_layers("linear", x, [layer], norm)
-    check_tokens("linear", "gate", gate, x, x.shape[-1])
-    check_tokens("linear", "residual", residual, x, len(layer.weight))
-    if LINEAR.runs_plain(x, layer.weight):
-        return _plain_linear(x, layer, norm, gate, residual)
+    rows = layer_rows("linear", x, ("layer", layer), norm=norm)
+    alike, tokens = not autocasts(x), x.shape[:-1]
+    check(
+        "linear",
+        "x",
+        x,
+        *rows,
+        ("gate", gate, "(..., inputs)", x.shape, alike),
+        ("residual", residual, "(..., outputs)", (*tokens, layer.weight.shape[0]), alike),
+    )
+    form = LINEAR.inlined(x, layer.weight, inference_only=True)
+    if form is not None:
+        return form(x, layer, norm, gate, residual)
     return torch.ops.linvision.linear(x, *layer, *(norm or (None, None, 0.0)), gate, residual)
 
 
 def mlp(
-    x: Tensor, first: Linear, second: Linear, *, norm: LayerNorm | None = None, residual: Tensor | None = None
+    x: Tensor,
+    first: LinearParameters,
+    second: LinearParameters,
+    *,
+    norm: LayerNormParameters | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Map the last axis of x by two linear layers with a GELU between them (second equation above).
 
@@ -82,90 +80,75 @@ def mlp(
     Raises:
         ValueError: where shapes, types or devices disagree.
     """
-    check_layers("mlp", x, [first, second], norm)
-    check_tokens("mlp", "residual", residual, x, len(second.weight))
-    if MLP.runs_plain(x, first.weight, second.weight):
-        return _plain_mlp(x, first, second, norm, residual)
+    rows = layer_rows("mlp", x, ("first", first), ("second", second), norm=norm)
+    outputs = (*x.shape[:-1], second.weight.shape[0])
+    check("mlp", "x", x, *rows, ("residual", residual, "(..., outputs)", outputs, not autocasts(x)))
+    form = MLP.inlined(x, first.weight, second.weight, inference_only=True)
+    if form is not None:
+        return form(x, first, second, norm, residual)
     return torch.ops.linvision.mlp(x, *first, *second, *(norm or (None, None, 0.0)), residual)
 
 
-def check_layers(op: str, x: Tensor, layers: list[Linear], norm: LayerNorm | None) -> None:
-    """Raise ValueError unless the layers fit one another, the norm and the tokens x."""
-    width = x.shape[-1] if x.ndim else 0
-    shapes: list[tuple[Tensor | None, tuple[int, ...]]] = []
+def layer_rows(
+    op: str, x: Tensor, *layers: tuple[str, LinearParameters], norm: LayerNormParameters | None = None
+) -> list[Row]:
+    """List the parameters of a norm and of layers that follow one another, with the shapes that tokens x ask for."""
+    width, alike, rows = x.shape[-1] if x.ndim else 0, not autocasts(x), []
     if norm is not None:
         if norm.weight is None:
             raise ValueError(f"{op}: a layer norm without a weight; give ones")
-        shapes += [(norm.weight, (width,)), (norm.bias, (width,))]
-    for weight, bias in layers:
-        if weight.ndim != 2 or min(weight.shape) == 0 or weight.shape[1] != width:
+        rows += [("norm.weight", norm.weight, "(C,)", (width,), ANY), ("norm.bias", norm.bias, "(C,)", (width,), ANY)]
+    for name, (weight, bias) in layers:
+        if weight.ndim != 2 or weight.shape[0] == 0 or width == 0:
             raise ValueError(
-                f"{op}: weight must be (outputs, {width}) for {width} channels but is {tuple(weight.shape)}"
+                f"{op}: {name}.weight must be (outputs, {width}) for {width} channels but is {tuple(weight.shape)}"
             )
-        width = weight.shape[0]
-        shapes.append((bias, (width,)))
-        if weight.dtype != x.dtype and not autocasts(x):
-            raise ValueError(f"{op}: x and weights must have one type but are {x.dtype} and {weight.dtype}")
-    for tensor, shape in shapes:
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{op}: a parameter must have shape {shape} but has {tuple(tensor.shape)}")
-    others = [tensor for tensor, _ in shapes if tensor is not None] + [layer.weight for layer in layers]
-    for tensor in others:
-        if tensor.device != x.device or not tensor.is_floating_point():
-            raise ValueError(
-                f"{op}: parameters must be floating-point and on x's device, {x.device}, but one is {tensor.dtype} on "
-                f"{tensor.device}"
-            )
+        outputs = weight.shape[0]
+        rows += [
+            (f"{name}.weight", weight, "(outputs, inputs)", (outputs, width), alike),
+            (f"{name}.bias", bias, "(outputs,)", (outputs,), ANY),
+        ]
+        width = outputs
+    return rows
 
 
-def check_tokens(op: str, name: str, tensor: Tensor | None, x: Tensor, width: int) -> None:
-    """Raise ValueError unless a tensor, if there is one, has the tokens of x with so many channels."""
-    expected = (*x.shape[:-1], width)
-    if tensor is None:
-        return
-    if tensor.shape != expected or tensor.device != x.device or (tensor.dtype != x.dtype and not autocasts(x)):
-        raise ValueError(
-            f"{op}: {name} must have shape {expected}, {x.dtype} on {x.device}, but has {tuple(tensor.shape)}, "
-            f"{tensor.dtype} on {tensor.device}"
-        )
-
-
-def normalise(x: Tensor, norm: LayerNorm | None) -> Tensor:
+def normalise(x: Tensor, norm: LayerNormParameters | None) -> Tensor:
     """Apply a layer norm, or none, to the last axis of x in plain PyTorch."""
     if norm is None:
         return x
     return F.layer_norm(x, x.shape[-1:], _typed(norm.weight, x), _typed(norm.bias, x), norm.eps)
 
 
-def project(x: Tensor, layer: Linear) -> Tensor:
+def project(x: Tensor, layer: LinearParameters) -> Tensor:
     """Apply a linear layer to the last axis of x in plain PyTorch."""
     return F.linear(x, layer.weight, _typed(layer.bias, x))
-
-
-def cast_once(x: Tensor) -> Tensor:
-    """Cast x as autocast does for a matrix product, so that several products of x share, and keep, one copy."""
-    return x.to(torch.get_autocast_dtype(x.device.type)) if autocasts(x) and x.dtype != torch.float64 else x
 
 
 def _typed(parameter: Tensor | None, x: Tensor) -> Tensor | None:
     return parameter if parameter is None or autocasts(x) else parameter.to(x.dtype)
 
 
-def _plain_linear(
-    x: Tensor, layer: Linear, norm: LayerNorm | None, gate: Tensor | None, residual: Tensor | None
+def _linear_reference(
+    x: Tensor, layer: LinearParameters, norm: LayerNormParameters | None, gate: Tensor | None, residual: Tensor | None
 ) -> Tensor:
     x = normalise(x, norm)
     y = project(x if gate is None else x * F.silu(gate), layer)
     return y if residual is None else residual + y
 
 
-def _plain_mlp(x: Tensor, first: Linear, second: Linear, norm: LayerNorm | None, residual: Tensor | None) -> Tensor:
+def _mlp_reference(
+    x: Tensor,
+    first: LinearParameters,
+    second: LinearParameters,
+    norm: LayerNormParameters | None,
+    residual: Tensor | None,
+) -> Tensor:
     y = project(F.gelu(project(normalise(x, norm), first)), second)
     return y if residual is None else residual + y
 
 
-LINEAR = Dispatcher("linear", {"cpp": cpp_linear, "plain": Plain(_plain_linear)}, inference_only=True)
-MLP = Dispatcher("mlp", {"cpp": cpp_linear, "plain": Plain(_plain_mlp)}, inference_only=True)
+LINEAR = Dispatcher("linear", reference=_linear_reference)
+MLP = Dispatcher("mlp", reference=_mlp_reference)
 
 
 # The ops as torch sees them: opaque, with meta kernels and counted operations.
@@ -182,8 +165,9 @@ def _linear(
     gate: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
-    norm = None if norm_weight is None else LayerNorm(norm_weight, norm_bias, eps)
-    return cpp_linear.linear(x, Linear(weight, bias), norm, gate, residual)
+    norm = None if norm_weight is None else LayerNormParameters(norm_weight, norm_bias, eps)
+    implementation = LINEAR.choose(x, weight)
+    return implementation.forward(x, LinearParameters(weight, bias), norm, gate, residual)
 
 
 @_linear.register_fake
@@ -203,8 +187,9 @@ def _mlp(
     eps: float,
     residual: Tensor | None,
 ) -> Tensor:
-    norm = None if norm_weight is None else LayerNorm(norm_weight, norm_bias, eps)
-    return cpp_linear.mlp(x, Linear(first_weight, first_bias), Linear(second_weight, second_bias), norm, residual)
+    norm = None if norm_weight is None else LayerNormParameters(norm_weight, norm_bias, eps)
+    first, second = LinearParameters(first_weight, first_bias), LinearParameters(second_weight, second_bias)
+    return MLP.choose(x, first_weight, second_weight).forward(x, first, second, norm, residual)
 
 
 @_mlp.register_fake

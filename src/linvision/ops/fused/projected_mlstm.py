@@ -6,37 +6,29 @@ Without gradients a CPU projects one chunk at a time, where the mLSTM needs it: 
 ViL layer would keep alive at once, are never written to memory.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from linvision.ops._dispatch import Dispatcher, Plain
-from linvision.ops.backends.cpp import projected_mlstm as cpp_projected_mlstm
-from linvision.ops.block_diagonal import (
-    BlockDiagonal,
-    Gate,
-    MLSTMInputs,
-    check_mlstm_inputs,
-    mlstm_inputs,
-    mlstm_inputs_flops,
-)
+from linvision.ops.dispatch import Dispatcher
 from linvision.ops.mlstm import mlstm, mlstm_flops
+from linvision.ops.mlstm_inputs import check_mlstm_inputs, mlstm_inputs, mlstm_inputs_flops
+from linvision.ops.parameters import BlockDiagonalParameters, GateParameters
 
 
 def projected_mlstm(
     c: Tensor,
     x: Tensor,
-    q: BlockDiagonal,
-    k: BlockDiagonal,
-    v: BlockDiagonal,
+    q: BlockDiagonalParameters,
+    k: BlockDiagonalParameters,
+    v: BlockDiagonalParameters,
     *,
-    i: Gate,
-    f: Gate,
+    i: GateParameters,
+    f: GateParameters,
     reverse: bool = False,
-    form: Callable[..., Any] = mlstm,
 ) -> Tensor:
     """Project tokens and compute their mLSTM.
 
@@ -46,7 +38,6 @@ def projected_mlstm(
         q, k, v: projections.
         i, f: gates of H heads. All parameters may be of other floating-point types than the tokens.
         reverse: scan from the last token to the first.
-        form: another form of the mLSTM, ``mlstm_parallel`` or ``mlstm_recurrent``, to be called with what is projected.
 
     Returns:
         h (B, S, H, E / H) in c's type.
@@ -54,24 +45,40 @@ def projected_mlstm(
     Raises:
         ValueError: where shapes, types or devices disagree, or a sequence is empty.
     """
-    arguments = (c, x, q.weight, k.weight, v.weight, q.bias, k.bias, v.bias, i.weight, f.weight, i.bias, f.bias)
-    check_mlstm_inputs(*arguments)
-    if c.shape[1] == 0 or c.shape[2] % len(i.bias):
+    check_mlstm_inputs(c, x, q, k, v, i, f)
+    num_heads = i.bias.shape[0]
+    if c.shape[1] == 0 or c.shape[2] % num_heads:
         raise ValueError(
-            f"projected_mlstm: needs at least one token and {len(i.bias)} heads of one width but c has shape "
+            f"projected_mlstm: needs at least one token and {num_heads} heads of one width but c has shape "
             f"{tuple(c.shape)}"
         )
-    if form is not mlstm or BODIES.runs_plain(c, i.bias):
-        return _plain(mlstm_inputs(c, x, q, k, v, i=i, f=f), form, reverse)
-    return torch.ops.linvision.projected_mlstm(*arguments, reverse)
+    weights, biases = (q.weight, k.weight, v.weight), (q.bias, k.bias, v.bias)
+    form = IMPLEMENTATIONS.inlined(c, i.bias, inference_only=True)
+    if form is not None:
+        return form(c, x, weights, biases, (i.weight, f.weight), (i.bias, f.bias), reverse=reverse)
+    gates = (i.weight, f.weight, i.bias, f.bias)
+    return torch.ops.linvision.projected_mlstm(c, x, *weights, *biases, *gates, reverse)
 
 
-def _plain(inputs: MLSTMInputs, form: Callable[..., Any], reverse: bool) -> Tensor:
-    *tokens, i, f = inputs
-    return form(*(x.unflatten(-1, (i.shape[-1], -1)) for x in tokens), i, f, reverse=reverse)
+def _reference(
+    c: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    gate_weights: Sequence[Tensor],
+    gate_biases: Sequence[Tensor],
+    *,
+    reverse: bool,
+) -> Tensor:
+    """Call the two ops, each in the form that is asked of it."""
+    projections = [BlockDiagonalParameters(*parameters) for parameters in zip(weights, biases, strict=True)]
+    i, f = (GateParameters(*parameters) for parameters in zip(gate_weights, gate_biases, strict=True))
+    *tokens, input_gate, forget_gate = mlstm_inputs(c, x, *projections, i=i, f=f)
+    q, k, v = (each.unflatten(-1, (input_gate.shape[-1], -1)) for each in tokens)
+    return cast(Tensor, mlstm(q, k, v, input_gate, forget_gate, reverse=reverse))
 
 
-BODIES = Dispatcher("projected_mlstm", {"cpp": cpp_projected_mlstm, "plain": Plain(_plain)}, inference_only=True)
+IMPLEMENTATIONS = Dispatcher("projected_mlstm", reference=_reference, parallel=_reference, sequential=_reference)
 
 
 # The op as torch sees it: opaque, with a meta kernel and counted operations.
@@ -94,7 +101,8 @@ def _projected_mlstm(
     reverse: bool,
 ) -> Tensor:
     weights, biases = (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias)
-    return cpp_projected_mlstm.forward(c, x, weights, biases, (i_weight, f_weight), (i_bias, f_bias), reverse=reverse)
+    gates = ((i_weight, f_weight), (i_bias, f_bias))
+    return IMPLEMENTATIONS.choose(c, i_bias).forward(c, x, weights, biases, *gates, reverse=reverse)
 
 
 @_projected_mlstm.register_fake

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
-DEVICE: str | None = None  # runs on any
+from linvision.ops.backends.scan_inputs import Inputs, interval
 
 # Sizes of a tile on a CPU, in elements of (rows, tokens, N, E) per thread: one step of the recurrence is large enough
 # to be shared by the threads where the batch allows it, a tile's two or three buffers fit into the caches. Elsewhere
@@ -39,33 +39,7 @@ TILE_PER_THREAD = 512 * 1024
 DEVICE_TILE = 16 * 1024 * 1024
 
 
-def interval(num_states: int) -> int:
-    """Count the tokens of a segment, such that the states between segments are no more than (B, S, E)."""
-    return max(16, 16 * math.ceil(num_states / 16))
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a scan reads; shapes as in ``linvision.ops.selective_scan``, but A is (N, E), contiguous."""
-
-    u: Tensor
-    delta: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    z: Tensor | None
-    delta_bias: Tensor | None
-    delta_softplus: bool
-    reverse: bool
-    residual: Tensor | None = None
-
-    @property
-    def state_dtype(self) -> torch.dtype:
-        return self.A.dtype
-
-
-def refuses(*tensors: Tensor | None) -> str | None:
+def unsupported(u: Tensor, A: Tensor) -> str | None:
     """Say why these inputs cannot be computed: never."""
     return None
 

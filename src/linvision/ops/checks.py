@@ -1,0 +1,81 @@
+"""What ops ask of their inputs: every op lists its tensors in a table, and faults are told in the same words.
+
+A row of the table: the tensor's name, the tensor or None, its axes in letters, its shape in numbers, and whether it has
+the first tensor's type (``SAME``) or any floating-point type (``ANY``).
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+Row = tuple[str, Tensor | None, str, Sequence[int], bool]
+SAME, ANY = True, False
+
+WORDS = {
+    "S": "token",
+    "H": "head",
+    "D": "channel",
+    "E": "channel",
+    "C": "channel",
+    "N": "state",
+    "K": "tap",
+    "L": "tap",
+}
+
+
+def check_axes(op: str, name: str, x: Tensor, letters: Sequence[str], *, needed: str = "") -> None:
+    """Raise ValueError unless x has so many axes, and at least one element along those that are needed.
+
+    Args:
+        op: name of the op.
+        name: of the tensor.
+        x: the tensor.
+        letters: of its axes.
+        needed: the letters of axes that may not be empty.
+    """
+    if x.ndim != len(letters):
+        raise ValueError(f"{op}: {name} must be {_axes(letters)} but has shape {tuple(x.shape)}")
+    for letter, size in zip(letters, x.shape, strict=True):
+        if letter in needed and size == 0:
+            words = list(dict.fromkeys(WORDS[each] for each in needed))
+            some = f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else words[0]
+            raise ValueError(f"{op}: needs at least one {some} but {name} has shape {tuple(x.shape)}")
+
+
+def check(op: str, name: str, first: Tensor, *rows: Row) -> None:
+    """Raise ValueError unless all tensors fit the first one, which is of a floating-point type.
+
+    Args:
+        op: name of the op.
+        name: of the first tensor.
+        first: the tensor that the others are measured against.
+        rows: the other tensors (see above).
+    """
+    dtype, device = first.dtype, first.device
+    if not dtype.is_floating_point:
+        raise ValueError(f"{op}: {name} must be of a floating-point type but is {dtype}")
+    for row in rows:
+        _, x, _, shape, same = row
+        if x is None:
+            continue
+        if x.shape != shape or x.device != device or (x.dtype != dtype if same else not x.dtype.is_floating_point):
+            raise ValueError(f"{op}: {_fault(name, first, row, x, rows)}")
+
+
+def _fault(name: str, first: Tensor, row: Row, x: Tensor, rows: tuple[Row, ...]) -> str:
+    """Say what is wrong with a tensor that does not fit the first one."""
+    other, _, letters, shape, _ = row
+    if x.shape != tuple(shape):
+        needed = f"{letters} = {tuple(shape)} for {name} of {tuple(first.shape)}"
+        return f"{other} must have shape {needed} but has {tuple(x.shape)}"
+    if x.device != first.device:
+        return f"all tensors must be on one device but {other} is on {x.device} and {name} on {first.device}"
+    same = [name, *(each[0] for each in rows if each[4] and each[1] is not None)]
+    alike = f"{', '.join(same[:-1])} and {same[-1]} must have one floating-point type, the others any; " * (
+        len(same) > 1
+    )
+    return f"{alike or 'tensors must be of floating-point types; '}{other} is {x.dtype}, {name} is {first.dtype}"
+
+
+def _axes(letters: Sequence[str]) -> str:
+    return f"({', '.join(letters)}{',' if len(letters) == 1 else ''})"
