@@ -25,6 +25,7 @@ from linvision.models.vim.layers import LayerNorm, MambaMixer, RMSNorm, RotaryEm
 
 ClassToken = Literal["middle", "first", "random", "double", "none"]
 Directions = Literal["v2", "v1", "one-way", "paired"]
+DIRECTIONS = ("v2", "v1", "one-way", "paired")
 CLASS_TOKENS = ("middle", "first", "random", "double", "none")
 POOLINGS = ("token", "avg", "max", "last", "")
 
@@ -104,18 +105,11 @@ class VisionMamba(Backbone):
     ) -> None:
         super().__init__()
         _check_choice("class_token", class_token, CLASS_TOKENS)
-        _check_choice("directions", directions, ("v2", "v1", "one-way", "paired"))
+        _check_choice("directions", directions, DIRECTIONS)
         _check_choice("norm", norm, ("rms", "layer"))
         _check_choice("rotary", rotary, (False, "hidden", "both"))
-        if rotary and (class_token not in ("first", "none") or shuffle_tokens or flip_probability > 0):
-            raise ValueError(
-                "rotary embedding needs every token at its place: take class_token='first' or 'none' (not "
-                f"{class_token!r}), and neither shuffle_tokens nor flip_probability"
-            )
-        if directions == "paired" and depth % 2:
-            raise ValueError(f"directions='paired' needs an even depth but depth={depth}")
-        if not 0 <= flip_probability <= 1:
-            raise ValueError(f"flip_probability={flip_probability}: a probability from 0 to 1 is needed")
+        moved = shuffle_tokens or flip_probability > 0
+        _check_combinations(class_token, directions, depth, rotary=bool(rotary), moved=moved, flip=flip_probability)
         self.patch_size, self.stride = pair(patch_size), pair(stride or patch_size)
         self.in_chans, self.num_classes, self.num_features, self.head_hidden_size = in_chans, num_classes, dim, dim
         self.class_token: ClassToken = class_token
@@ -134,20 +128,11 @@ class VisionMamba(Backbone):
         self.pos_drop = nn.Dropout(drop_rate)
         norm_class = RMSNorm if norm == "rms" else LayerNorm
         rates = [0.0, *drop_path_rates(drop_path_rate, depth, decay=True)]
-        self.layers = nn.ModuleList(
-            VimLayer(
-                mixer=MambaMixer(
-                    dim,
-                    d_state=d_state,
-                    directions=_mixer_directions(directions, index),
-                    halve=halve_output,
-                    layer_scale=layer_scale,
-                ),
-                norm=norm_class(dim, eps=norm_eps),
-                drop_path=rates[index],
-            )
-            for index in range(depth)
-        )
+        mixers = {"d_state": d_state, "halve": halve_output, "layer_scale": layer_scale}
+        self.layers = nn.ModuleList()
+        for index in range(depth):
+            mixer = MambaMixer(dim, directions=_mixer_directions(directions, index), **mixers)
+            self.layers.append(VimLayer(mixer=mixer, norm=norm_class(dim, eps=norm_eps), drop_path=rates[index]))
         self.drop_path = DropPath(drop_path_rate)
         self.norm_f = norm_class(dim, eps=norm_eps)
         self.head = self._new_head()
@@ -380,3 +365,18 @@ def _mixer_directions(directions: Directions, index: int) -> Literal["v2", "v1",
 def _check_choice(name: str, value: Any, known: Sequence[Any]) -> None:
     if value not in known:
         raise ValueError(f"{name}={value!r}: VisionMamba knows {', '.join(map(repr, known))}")
+
+
+def _check_combinations(
+    class_token: ClassToken, directions: Directions, depth: int, *, rotary: bool, moved: bool, flip: float
+) -> None:
+    """Raise ValueError for options that exclude each other."""
+    if rotary and (class_token not in ("first", "none") or moved):
+        raise ValueError(
+            "rotary embedding needs every token at its place: take class_token='first' or 'none' (not "
+            f"{class_token!r}), and neither shuffle_tokens nor flip_probability"
+        )
+    if directions == "paired" and depth % 2:
+        raise ValueError(f"directions='paired' needs an even depth but depth={depth}")
+    if not 0 <= flip <= 1:
+        raise ValueError(f"flip_probability={flip}: a probability from 0 to 1 is needed")

@@ -8,6 +8,7 @@ from typing import Any
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
+from linvision.errors import UnknownOptionError, did_you_mean
 from linvision.models.builder import Family, Published, build, classifier_cfg
 from linvision.models.vim.model import ClassToken, Directions, VisionMamba
 from linvision.models.vim.release import RELEASE
@@ -18,77 +19,91 @@ def from_published_arguments(**arguments: Any) -> VisionMamba:
     return VisionMamba(**published_options(**arguments))
 
 
-def published_options(
-    *,
-    img_size: int | tuple[int, int] = 224,
-    patch_size: int = 16,
-    stride: int = 16,
-    depth: int = 24,
-    embed_dim: int = 192,
-    d_state: int = 16,
-    channels: int = 3,
-    num_classes: int = 1000,
-    drop_rate: float = 0.0,
-    drop_path_rate: float = 0.1,
-    norm_epsilon: float = 1e-5,
-    rms_norm: bool = True,
-    residual_in_fp32: bool = True,
-    fused_add_norm: bool = True,
-    pt_hw_seq_len: int = 14,
-    if_bidirectional: bool = False,
-    final_pool_type: str = "none",
-    if_abs_pos_embed: bool = True,
-    if_rope: bool = False,
-    if_rope_residual: bool = False,
-    flip_img_sequences_ratio: float = -1.0,
-    bimamba_type: str | None = "v2",
-    if_cls_token: bool = True,
-    if_divide_out: bool = True,
-    init_layer_scale: float | None = None,
-    use_double_cls_token: bool = False,
-    use_middle_cls_token: bool = True,
-) -> dict[str, Any]:
+# The published constructor's arguments and their defaults.
+PUBLISHED_ARGUMENTS: dict[str, Any] = {
+    "img_size": 224,
+    "patch_size": 16,
+    "stride": 16,
+    "depth": 24,
+    "embed_dim": 192,
+    "d_state": 16,
+    "channels": 3,
+    "num_classes": 1000,
+    "drop_rate": 0.0,
+    "drop_path_rate": 0.1,
+    "norm_epsilon": 1e-5,
+    "rms_norm": True,
+    "residual_in_fp32": True,
+    "fused_add_norm": True,
+    "pt_hw_seq_len": 14,
+    "if_bidirectional": False,
+    "final_pool_type": "none",
+    "if_abs_pos_embed": True,
+    "if_rope": False,
+    "if_rope_residual": False,
+    "flip_img_sequences_ratio": -1.0,
+    "bimamba_type": "v2",
+    "if_cls_token": True,
+    "if_divide_out": True,
+    "init_layer_scale": None,
+    "use_double_cls_token": False,
+    "use_middle_cls_token": True,
+}
+# Those that only have another name here.
+RENAMED = {
+    "img_size": "img_size",
+    "patch_size": "patch_size",
+    "stride": "stride",
+    "channels": "in_chans",
+    "num_classes": "num_classes",
+    "embed_dim": "dim",
+    "depth": "depth",
+    "d_state": "d_state",
+    "if_divide_out": "halve_output",
+    "init_layer_scale": "layer_scale",
+    "norm_epsilon": "norm_eps",
+    "if_abs_pos_embed": "pos_embed",
+    "pt_hw_seq_len": "rotary_reference",
+    "drop_rate": "drop_rate",
+    "drop_path_rate": "drop_path_rate",
+}
+POOLINGS = {"none": "last", "mean": "avg", "max": "max", "all": ""}
+
+
+def published_options(**arguments: Any) -> dict[str, Any]:
     """Translate the published constructor's arguments, with their published defaults, into those of ``VisionMamba``.
 
     ``fused_add_norm`` and ``residual_in_fp32`` change nothing: how the norm is computed is no part of the model, and
     the residual is always float32 or wider.
 
     Raises:
+        UnknownOptionError: for arguments that the published constructor does not have.
         ValueError: for values that the published code does not know, and where ``VisionMamba`` refuses them.
     """
-    poolings = {"none": "last", "mean": "avg", "max": "max", "all": ""}
-    if final_pool_type not in poolings:
-        raise ValueError(f"final_pool_type={final_pool_type!r}: use one of {', '.join(map(repr, poolings))}")
-    if bimamba_type not in ("v1", "v2", "none", None):
-        raise ValueError(f"bimamba_type={bimamba_type!r}: use 'v2', 'v1' or 'none'")
-    if if_bidirectional and bimamba_type in ("v1", "v2"):
+    for name in arguments:
+        if name not in PUBLISHED_ARGUMENTS:
+            raise UnknownOptionError(f"Vim has no argument {name!r}{did_you_mean(name, PUBLISHED_ARGUMENTS)}")
+    given = PUBLISHED_ARGUMENTS | arguments
+    scan, paired, pool = given["bimamba_type"], given["if_bidirectional"], given["final_pool_type"]
+    if pool not in POOLINGS:
+        raise ValueError(f"final_pool_type={pool!r}: use one of {', '.join(map(repr, POOLINGS))}")
+    if scan not in ("v1", "v2", "none", None):
+        raise ValueError(f"bimamba_type={scan!r}: use 'v2', 'v1' or 'none'")
+    if paired and scan in ("v1", "v2"):
         raise ValueError("if_bidirectional=True pairs one-way layers: it needs bimamba_type='none'")
     class_token: ClassToken = "none"
-    if if_cls_token:
-        class_token = "double" if use_double_cls_token else "middle" if use_middle_cls_token else "first"
-    one_way: Directions = "paired" if if_bidirectional else "one-way"
+    if given["if_cls_token"]:
+        middle = "middle" if given["use_middle_cls_token"] else "first"
+        class_token = "double" if given["use_double_cls_token"] else middle
+    one_way: Directions = "paired" if paired else "one-way"
     return {
-        "img_size": img_size,
-        "patch_size": patch_size,
-        "stride": stride,
-        "in_chans": channels,
-        "num_classes": num_classes,
-        "global_pool": "token" if if_cls_token else poolings[final_pool_type],
-        "dim": embed_dim,
-        "depth": depth,
-        "d_state": d_state,
+        **{own: given[name] for name, own in RENAMED.items()},
+        "global_pool": "token" if given["if_cls_token"] else POOLINGS[pool],
         "class_token": class_token,
-        "directions": "v1" if bimamba_type == "v1" else "v2" if bimamba_type == "v2" else one_way,
-        "halve_output": if_divide_out,
-        "layer_scale": init_layer_scale,
-        "norm": "rms" if rms_norm else "layer",
-        "norm_eps": norm_epsilon,
-        "pos_embed": if_abs_pos_embed,
-        "rotary": False if not if_rope else "both" if if_rope_residual else "hidden",
-        "rotary_reference": pt_hw_seq_len,
-        "flip_probability": max(0.0, flip_img_sequences_ratio),
-        "drop_rate": drop_rate,
-        "drop_path_rate": drop_path_rate,
+        "directions": scan if scan in ("v1", "v2") else one_way,
+        "norm": "rms" if given["rms_norm"] else "layer",
+        "rotary": False if not given["if_rope"] else "both" if given["if_rope_residual"] else "hidden",
+        "flip_probability": max(0.0, given["flip_img_sequences_ratio"]),
     }
 
 
