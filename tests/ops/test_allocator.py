@@ -5,8 +5,11 @@ import platform
 import sys
 
 import pytest
+import torch
 
-from linvision.ops import keep_freed_memory
+from linvision.ops import causal_conv1d, keep_freed_memory
+from linvision.ops.backends.cpp import library
+from tests.ops.kernels import needs_kernels
 
 ON_GLIBC = sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
 
@@ -29,3 +32,15 @@ def test_glibc_is_told():
 def test_the_users_settings_come_first(monkeypatch, name, value):
     monkeypatch.setitem(os.environ, name, value)
     assert not keep_freed_memory()
+
+
+@needs_kernels
+def test_the_first_kernel_asks_for_it_and_not_the_question_whether_there_are_kernels(monkeypatch):
+    calls = []
+    monkeypatch.setattr(library, "keep_freed_memory", lambda: calls.append(1))
+    library._in_use.cache_clear()
+    assert library.missing() is None
+    assert not calls
+    for _ in range(2):
+        causal_conv1d(torch.ones(1, 2, 3), torch.ones(3, 1, 2))
+    assert calls == [1]

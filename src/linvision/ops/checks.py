@@ -70,11 +70,11 @@ def _fault(name: str, first: Tensor, row: Row, x: Tensor, rows: tuple[Row, ...])
         return f"{other} must have shape {needed} but has {tuple(x.shape)}"
     if x.device != first.device:
         return f"all tensors must be on one device but {other} is on {x.device} and {name} on {first.device}"
-    same = [name, *(each[0] for each in rows if each[4] and each[1] is not None)]
-    alike = f"{', '.join(same[:-1])} and {same[-1]} must have one floating-point type, the others any; " * (
-        len(same) > 1
-    )
-    return f"{alike or 'tensors must be of floating-point types; '}{other} is {x.dtype}, {name} is {first.dtype}"
+    fault = f"{other} is {x.dtype}, {name} is {first.dtype}"
+    same = [each[0] for each in rows if each[4] and each[1] is not None]
+    if not same:
+        return f"tensors must be of floating-point types; {fault}"
+    return f"{', '.join([name, *same[:-1]])} and {same[-1]} must have one floating-point type, the others any; {fault}"
 
 
 def _axes(letters: Sequence[str]) -> str:

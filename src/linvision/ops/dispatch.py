@@ -95,18 +95,16 @@ class Dispatcher:
         """
         if _chosen in backends.BACKENDS:
             return self._forced(_chosen, x, *others)
-        device = x.device.type
+        op, device = self.op, x.device.type
         for name, backend in backends.BACKENDS.items():
-            if backend.DEVICE not in (None, device):
-                continue
-            implementation = self.of(name)
-            if implementation is None:
+            implementation = backend.IMPLEMENTATIONS.get(op)
+            if implementation is None or (backend.DEVICE is not None and device != backend.DEVICE):
                 continue
             reason = implementation.unsupported(x, *others)
             if reason is None:
                 return implementation
-            self._log(f"{self.op}: {name} kernels cannot run ({reason}); a slower backend computes the same")
-        raise BackendError(f"{self.op}: no backend can compute this on {device}")
+            self._log(f"{op}: {name} kernels cannot run ({reason}); a slower backend computes the same")
+        return self.expression
 
     def kernels(self, x: Tensor, *others: Tensor) -> Any:
         """Return an implementation with a gradient, for what the reference form leaves to autograd.
@@ -146,12 +144,12 @@ class Dispatcher:
 
 def _infers(x: Tensor, *others: Tensor) -> bool:
     """Say whether nobody follows what is computed: no gradient of either mode, no compiler, no autocast."""
-    return not (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or autocasts(x)
-        or any(tensor is not None and unpack_dual(tensor).tangent is not None for tensor in (x, *others))
-    )
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or autocasts(x):
+        return False
+    for tensor in (x, *others):  # noqa: SIM110 - a generator takes as long as all the rest of this
+        if unpack_dual(tensor).tangent is not None:
+            return False
+    return True
 
 
 def backend_names() -> tuple[str, ...]:

@@ -8,11 +8,15 @@ q'_t = ReLU(q_t) and k'_t = ReLU(k_t):
 The matrix sum_s k'_s v_s^T is (D, D) whatever the number of tokens S is, so time is O(S D^2) and nothing is S x S.
 """
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from linvision.ops.autocast import without_autocast
 from linvision.ops.checks import ANY, SAME, check, check_axes
+from linvision.ops.dispatch import current_backend
 
 MIN_DENOMINATOR = 100.0
 
@@ -43,13 +47,16 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Te
         ("v", v, "(B, S, H, D)", q.shape, SAME),
         ("temperature", temperature, "(H, 1, 1)", (q.shape[2], 1, 1), ANY),
     )
-    return _linear_attention(q, k, v, temperature)
+    # The copies of q and k are rectified where they are, a twentieth of the time, but in the reference form.
+    return _linear_attention(q, k, v, temperature, F.relu if current_backend() == "reference" else torch.relu_)
 
 
 @without_autocast
-def _linear_attention(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
+def _linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, rectified: Callable[[Tensor], Tensor]
+) -> Tensor:
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    q_t, k_t = (_heads_first(x, dtype).relu() for x in (q, k))
+    q_t, k_t = (rectified(_heads_first(x, dtype)) for x in (q, k))
     memory = temperature.to(dtype) * (k_t.mT @ v.transpose(1, 2).to(dtype))
     # The denominators ride along as one more column of the product: queries are read once.
     sums = q_t @ torch.cat([memory, k_t.sum(2).unsqueeze(-1)], dim=-1)
@@ -58,5 +65,5 @@ def _linear_attention(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> T
 
 
 def _heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Lay (B, S, H, D) out as a dense (B, H, S, D), as batched products want it."""
-    return x.transpose(1, 2).to(dtype).contiguous()
+    """Copy (B, S, H, D) to a dense (B, H, S, D), the layout of batched products, which owns its memory."""
+    return x.transpose(1, 2).to(dtype, copy=True, memory_format=torch.contiguous_format)

@@ -41,8 +41,8 @@ def linear(
     Raises:
         ValueError: where shapes, types or devices disagree.
     """
-    rows = layer_rows("linear", x, ("layer", layer), norm=norm)
     alike, tokens = not autocasts(x), x.shape[:-1]
+    rows = layer_rows("linear", x, ("layer", layer), norm=norm, alike=alike)
     check(
         "linear",
         "x",
@@ -80,9 +80,9 @@ def mlp(
     Raises:
         ValueError: where shapes, types or devices disagree.
     """
-    rows = layer_rows("mlp", x, ("first", first), ("second", second), norm=norm)
-    outputs = (*x.shape[:-1], second.weight.shape[0])
-    check("mlp", "x", x, *rows, ("residual", residual, "(..., outputs)", outputs, not autocasts(x)))
+    alike, outputs = not autocasts(x), (*x.shape[:-1], second.weight.shape[0])
+    rows = layer_rows("mlp", x, ("first", first), ("second", second), norm=norm, alike=alike)
+    check("mlp", "x", x, *rows, ("residual", residual, "(..., outputs)", outputs, alike))
     form = MLP.inlined(x, first.weight, second.weight, inference_only=True)
     if form is not None:
         return form(x, first, second, norm, residual)
@@ -90,10 +90,17 @@ def mlp(
 
 
 def layer_rows(
-    op: str, x: Tensor, *layers: tuple[str, LinearParameters], norm: LayerNormParameters | None = None
+    op: str,
+    x: Tensor,
+    *layers: tuple[str, LinearParameters],
+    norm: LayerNormParameters | None = None,
+    alike: bool,
 ) -> list[Row]:
-    """List the parameters of a norm and of layers that follow one another, with the shapes that tokens x ask for."""
-    width, alike, rows = x.shape[-1] if x.ndim else 0, not autocasts(x), []
+    """List the parameters of a norm and of layers that follow one another, with the shapes that tokens x ask for.
+
+    ``alike`` says whether weights must have the tokens' type.
+    """
+    width, rows = x.shape[-1] if x.ndim else 0, []
     if norm is not None:
         if norm.weight is None:
             raise ValueError(f"{op}: a layer norm without a weight; give ones")

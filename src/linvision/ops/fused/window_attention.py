@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from linvision.ops.autocast import autocasts
 from linvision.ops.checks import check, check_axes
 from linvision.ops.dispatch import Dispatcher
 from linvision.ops.fused.linear import layer_rows, normalise, project
@@ -47,8 +48,9 @@ def window_attention(
     """
     check_axes("window_attention", "x", x, "BHWC")
     width = x.shape[-1]
-    rows = layer_rows("window_attention", x, ("qkv", qkv), norm=norm)
-    check("window_attention", "x", x, *rows, *layer_rows("window_attention", x, ("proj", proj)))
+    alike = not autocasts(x)
+    rows = layer_rows("window_attention", x, ("qkv", qkv), norm=norm, alike=alike)
+    check("window_attention", "x", x, *rows, *layer_rows("window_attention", x, ("proj", proj), alike=alike))
     if len(qkv.weight) != 3 * width or len(proj.weight) != width or num_heads < 1 or width % num_heads:
         raise ValueError(
             f"window_attention: for {width} channels qkv must have {3 * width} outputs, proj {width}, and the heads "
