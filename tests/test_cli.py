@@ -3,10 +3,6 @@
 import json
 import os
 import pickle
-import signal
-import subprocess
-import sys
-import time
 import urllib.error
 from dataclasses import fields
 from importlib import import_module
@@ -47,17 +43,6 @@ def one_line(capfd) -> str:
     assert len(captured.err.splitlines()) == 1, captured.err
     assert captured.err.startswith("linvision: error: ")
     return captured.err
-
-
-def run(*arguments: str, **options) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "linvision", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        **options,
-    )
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -295,26 +280,6 @@ def test_faults_of_our_own_are_not_hidden(monkeypatch):
     monkeypatch.setattr(models, "run", broken)
     with pytest.raises(TypeError, match="a fault of ours"):
         main(["models"])
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_leave_a_run_that_resumes(number, code, tmp_path):
-    out = tmp_path / "run"
-    options = ["--data", str(write_folder(tmp_path / "data")), *TINY, "--epochs", "2000", "--out", str(out)]
-    process = run("train", *options, start_new_session=True)
-    deadline = time.monotonic() + 90
-    while not (out / "state.ckpt").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(number)
-    output, errors = process.communicate(timeout=240)
-    assert process.returncode == code, errors
-    assert output == ""
-    assert "Traceback" not in errors
-    assert errors.splitlines()[-1] == f"stopped; continue with: linvision train --resume {out}"
-    assert not list(out.glob(".*.tmp"))
-    state = torch.load(out / "state.ckpt", weights_only=True)
-    lines = (out / "metrics.csv").read_text().splitlines()
-    assert len(lines) - 1 in {state["epoch"] + 1, state["epoch"] + 2}
 
 
 def test_models_as_table_and_json(capfd):

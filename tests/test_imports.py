@@ -6,12 +6,13 @@ from pathlib import Path
 import linvision
 
 SOURCE = Path(linvision.__file__).parent
-TOOLS = {"errors", "console", "files", "devices"}  # the house's own, which any room may use
+TOOLS = {"errors", "console", "files", "devices", "interruption"}  # the house's own, which any room may use
 # What each room may import from the package. A name that is missing here fails the test.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "console": set(),
     "files": set(),
+    "interruption": set(),
     "devices": {"errors"},
     "ops": {"ops", *TOOLS},
     "models": {"ops", "models", *TOOLS},

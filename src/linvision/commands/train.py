@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from linvision.errors import RunError, UsageError
+from linvision.interruption import Interruption, interruptible
 from linvision.recipes import load_recipe, recipe_for
 from linvision.tasks import get_task
 from linvision.training.settings import MACHINE, Border, Loss, RunOptions, Settings, check_ranges
@@ -135,8 +136,15 @@ class Options(RunOptions):
 
 def run(options: Options) -> int:
     """Run ``linvision train``."""
-    if options.resume is not None:
-        return _resume(options)
+    with interruptible() as interruption:
+        if options.resume is not None:
+            _resume(options, interruption)
+        else:
+            _start(options, interruption)
+    return 0
+
+
+def _start(options: Options, interruption: Interruption) -> None:
     options = options.resolved()
     settings = options.settings()
     task = get_task(settings.task)
@@ -148,11 +156,10 @@ def run(options: Options) -> int:
     plan = prepare(task, options.run_options(), settings, given=options.changed())
     folder = create_run_folder(plan.options, plan.settings.model)
     folder.save_config({"recipe": options.recipe, **plan.config()})
-    run_training(plan, folder)
-    return 0
+    run_training(plan, folder, interruption)
 
 
-def _resume(options: Options) -> int:
+def _resume(options: Options, interruption: Interruption) -> None:
     from linvision.training.engine import run_training
     from linvision.training.plan import prepare
     from linvision.training.run_folder import RunFolder
@@ -162,8 +169,7 @@ def _resume(options: Options) -> int:
     settings = options.settings()
     folder.tidy()
     plan = prepare(get_task(settings.task), options.run_options(), settings, fresh=not folder.state.is_file())
-    run_training(plan, folder)
-    return 0
+    run_training(plan, folder, interruption)
 
 
 def resumed_options(options: Options, config: dict[str, Any], where: str) -> Options:

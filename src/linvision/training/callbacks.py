@@ -13,6 +13,7 @@ from pytorch_lightning.callbacks import Callback
 from linvision.data.batches import Batches, epoch_seed
 from linvision.errors import RunError
 from linvision.files import write_text, write_weights
+from linvision.interruption import Interruption
 from linvision.training.module import TrainingModule
 from linvision.training.run_folder import RunFolder
 from linvision.training.task import Task
@@ -30,36 +31,17 @@ class EpochSeed(Callback):
         pl.seed_everything(epoch_seed(self.seed, trainer.current_epoch) % 2**32, verbose=False)
 
 
-class Interruption(Callback):
-    """Ends a run between two batches after a signal, and at once after a second one.
+class Obedience(Callback):
+    """Ends a run between two batches after a signal."""
 
-    A handler that raised would not always be heard: Python drops what is raised inside a finaliser.
-    """
-
-    def __init__(self):
-        self._number: int | None = None
-
-    def note(self, number: int, frame: Any) -> None:
-        """Take a signal, as its handler."""
-        again = self._number is not None
-        self._number = number
-        if again:
-            self.obey()
-
-    def obey(self) -> None:
-        """End the run if a signal came.
-
-        Raises:
-            SystemExit: with the code of a process that the signal ended, 128 and its number.
-        """
-        if self._number is not None:
-            raise SystemExit(128 + self._number)
+    def __init__(self, interruption: Interruption):
+        self.interruption = interruption
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Obey before a training step."""
-        self.obey()
+        self.interruption.obey()
 
     def on_validation_batch_start(
         self,
@@ -70,7 +52,7 @@ class Interruption(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Obey before a batch is evaluated."""
-        self.obey()
+        self.interruption.obey()
 
 
 class Recorder(Callback):

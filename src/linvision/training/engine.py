@@ -1,8 +1,6 @@
 """A training run from its plan to a folder with weights, metrics, pictures and a summary."""
 
 import logging
-import signal
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +10,8 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from linvision.console import duration, notes, output
-from linvision.training.callbacks import EpochSeed, Interruption, Recorder, read_metrics
+from linvision.interruption import Interruption
+from linvision.training.callbacks import EpochSeed, Obedience, Recorder, read_metrics
 from linvision.training.checkpoints import AtomicCheckpointIO
 from linvision.training.module import TrainingModule
 from linvision.training.opened import count_parameters
@@ -25,15 +24,16 @@ from linvision.training.task import Measured
 LIGHTNING_PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
 
-def run_training(plan: Plan, run: RunFolder) -> Measured:
+def run_training(plan: Plan, run: RunFolder, interruption: Interruption) -> Measured:
     """Train, from where the run's folder stands, and leave the results there."""
+    interruption.advice = f"stopped; continue with: linvision train --resume {run.path}"
     task, outputs = plan.task, plan.outputs
     card = ModelCard(plan.settings.model, outputs, plan.preprocess, plan.options.data, task.name, task.pictures)
     run.save_card(card)
     notes().print(_headline(plan, run), markup=False)
     module = task.module(plan.model, plan.settings, outputs=outputs, steps_per_epoch=len(plan.train))
     recorder = Recorder(run, task)
-    with _resumable(run) as interruption:
+    with interruption.patience(), _without_notices():
         fit(module, plan, run, recorder, interruption)
     measured = finish(module, plan, run, recorder)
     _tell(plan, run, recorder, measured)
@@ -58,7 +58,7 @@ def fit(module: TrainingModule, plan: Plan, run: RunFolder, recorder: Recorder, 
         max_epochs=plan.settings.epochs,
         gradient_clip_val=plan.settings.clip_grad or None,
         callbacks=[
-            interruption,
+            Obedience(interruption),
             EpochSeed(plan.train, plan.options.seed),
             recorder,
             Reporter(recorder, plan.task, plan.settings.epochs),
@@ -77,29 +77,18 @@ def fit(module: TrainingModule, plan: Plan, run: RunFolder, recorder: Recorder, 
 
 
 @contextmanager
-def _resumable(run: RunFolder) -> Iterator[Interruption]:
-    """Let SIGTERM and Ctrl-C end a run in order, and say how to go on; keep Lightning's notices to itself."""
-    interruption = Interruption()
-    handlers = {}
-    if threading.current_thread() is threading.main_thread():
-        handlers = {number: signal.signal(number, interruption.note) for number in (signal.SIGINT, signal.SIGTERM)}
+def _without_notices() -> Iterator[None]:
+    """Keep Lightning's notices to itself."""
     levels = {name: logging.getLogger(name).level for name in ("pytorch_lightning", "lightning_fabric")}
     for name in levels:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
-            yield interruption
-        interruption.obey()
-    except SystemExit:
-        notes().print(f"stopped; continue with: linvision train --resume {run.path}", markup=False)
-        interruption.obey()  # Lightning's own exit after SIGTERM has another code
-        raise
+            yield
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def _headline(plan: Plan, run: RunFolder) -> str:
