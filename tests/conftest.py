@@ -1,5 +1,6 @@
 """What all tests share: one thread, Triton's interpreter where there is no GPU, a word on what is left out."""
 
+import logging
 import os
 from collections import Counter
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # to be set before Triton is imported
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
+logging.getLogger("torch.__trace").propagate = False  # a compiler's diary, long, for nobody here
 torch.set_num_threads(1)  # the models here are too small for more; tests about threads ask for theirs
 
 

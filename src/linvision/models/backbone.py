@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,16 @@ class Backbone(nn.Module, ABC):
             carry = self.advance(carry, index)
         return self.finish(carry)
 
+    @overload
+    def forward_intermediates(
+        self, x: Tensor, indices: int | Sequence[int] | None = ..., norm: bool = ..., stop_early: bool = ...,
+        output_fmt: str = ..., intermediates_only: Literal[False] = ...,
+    ) -> tuple[Tensor, list[Tensor]]: ...  # fmt: skip
+    @overload
+    def forward_intermediates(
+        self, x: Tensor, indices: int | Sequence[int] | None = ..., norm: bool = ..., stop_early: bool = ...,
+        output_fmt: str = ..., *, intermediates_only: Literal[True],
+    ) -> list[Tensor]: ...  # fmt: skip
     def forward_intermediates(
         self,
         x: Tensor,

@@ -14,7 +14,7 @@ models run: chunkwise too, in the fastest backend. The stabiliser only keeps num
 constant.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,16 @@ class MLSTMState(NamedTuple):
     m: Tensor  # (B, H): the stabiliser, a constant to the gradients
 
 
+@overload
+def mlstm(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, *,
+    initial_state: MLSTMState | None = ..., return_state: Literal[False] = ..., reverse: bool = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def mlstm(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, *,
+    initial_state: MLSTMState | None = ..., return_state: Literal[True], reverse: bool = ...,
+) -> tuple[Tensor, MLSTMState]: ...  # fmt: skip
 def mlstm(
     q: Tensor,
     k: Tensor,

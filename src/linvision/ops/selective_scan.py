@@ -13,6 +13,8 @@ Equal forms: ``selective_scan_sequential`` (the lines above, one token after the
 backward pass that computes the states again instead of keeping them.
 """
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
@@ -25,6 +27,20 @@ from linvision.ops.dispatch import Dispatcher
 from linvision.ops.recurrence import linear_recurrence
 
 
+@overload
+def selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *,
+    D: Tensor | None = ..., z: Tensor | None = ..., delta_bias: Tensor | None = ..., residual: Tensor | None = ...,
+    delta_softplus: bool = ..., reverse: bool = ..., initial_state: Tensor | None = ...,
+    return_state: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *,
+    D: Tensor | None = ..., z: Tensor | None = ..., delta_bias: Tensor | None = ..., residual: Tensor | None = ...,
+    delta_softplus: bool = ..., reverse: bool = ..., initial_state: Tensor | None = ...,
+    return_state: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def selective_scan(
     u: Tensor,
     delta: Tensor,

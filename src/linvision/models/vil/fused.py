@@ -5,8 +5,6 @@ contiguous and z is not alive before it is needed; head norm, skip and gate are 
 joins norms, gates and residual sums to the matrix products, and projects q, k and v inside the mLSTM's kernel.
 """
 
-from typing import cast
-
 from torch import Tensor
 
 from linvision.models.forms import halves, linear_parameters, stands_for
@@ -33,7 +31,7 @@ def block(self: ViLBlock, x: Tensor, grid: tuple[int, int]) -> Tensor:
     c = layer.conv(v_source, grid)
     *tokens, i, f = mlstm_inputs(c, v_source, *_projections(layer), **_gates(layer))
     q, k, v = (tensor.unflatten(-1, (NUM_HEADS, -1)) for tensor in tokens)
-    h = cast(Tensor, mlstm(q, k, v, i, f, reverse=layer.mlstm_cell.reverse))
+    h = mlstm(q, k, v, i, f, reverse=layer.mlstm_cell.reverse)
     y = layer.proj_down(_gated(layer, h, c, linear(u, z_up)))
     return x + self.drop_path(y)
 

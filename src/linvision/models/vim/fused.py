@@ -6,7 +6,7 @@ gradients a CPU also joins the gate and the residual sum to the last product, an
 hidden and residual, one tensor instead of two.
 """
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -83,8 +83,7 @@ def _scan(
 ) -> Tensor:
     u, delta, delta_bias, B, C = scanned
     options = {"D": D, "z": z, "residual": residual, "delta_bias": delta_bias}
-    y = selective_scan(u, delta, decay(A_log), B, C, **options, delta_softplus=True, reverse=reverse)
-    return cast(Tensor, y)
+    return selective_scan(u, delta, decay(A_log), B, C, **options, delta_softplus=True, reverse=reverse)
 
 
 def _project_out(self: MambaMixer, y: Tensor, *, gate: Tensor | None, residual: Tensor | None) -> Tensor:

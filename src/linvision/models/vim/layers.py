@@ -6,7 +6,7 @@ kernel turned round.
 """
 
 import math
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -119,8 +119,7 @@ class MambaMixer(nn.Module):
     @staticmethod
     def _scan(inputs: Inputs, A_log: Tensor, D: Tensor, z: Tensor, *, reverse: bool) -> Tensor:
         u, delta, B, C = inputs
-        y = selective_scan(u, delta, decay(A_log), B, C, D=D, z=z, delta_softplus=True, reverse=reverse)
-        return cast(Tensor, y)
+        return selective_scan(u, delta, decay(A_log), B, C, D=D, z=z, delta_softplus=True, reverse=reverse)
 
     @property
     def halves(self) -> bool:

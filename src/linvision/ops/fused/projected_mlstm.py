@@ -7,7 +7,6 @@ ViL layer would keep alive at once, are never written to memory.
 """
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -75,7 +74,7 @@ def _reference(
     i, f = (GateParameters(*parameters) for parameters in zip(gate_weights, gate_biases, strict=True))
     *tokens, input_gate, forget_gate = mlstm_inputs(c, x, *projections, i=i, f=f)
     q, k, v = (each.unflatten(-1, (input_gate.shape[-1], -1)) for each in tokens)
-    return cast(Tensor, mlstm(q, k, v, input_gate, forget_gate, reverse=reverse))
+    return mlstm(q, k, v, input_gate, forget_gate, reverse=reverse)
 
 
 IMPLEMENTATIONS = Dispatcher("projected_mlstm", reference=_reference, parallel=_reference, sequential=_reference)
