@@ -11,6 +11,7 @@ import json
 import os
 import random
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -156,7 +157,9 @@ class Rounds:
             run.signal(signal.SIGKILL, True)
             run.wait(LIMIT)
             raise AssertionError(f"{told}went on after its signal\n{log.read_text()}")
-        return self._check(index, f"{told}exit code {code}\n{log.read_text()}", code, number, self.whole[workers])
+        place = self._check(index, f"{told}exit code {code}\n{log.read_text()}", code, number, self.whole[workers])
+        shutil.rmtree(out, ignore_errors=True)
+        return place
 
     def _wait_for(self, moment: str, run: Run, out: Path) -> int | None:
         """Wait until the run has written what tells the moment; returns its exit code if it ends before."""
