@@ -155,7 +155,8 @@ class Backbone(nn.Module, ABC):
 
     def _run(self, layer: nn.Module, *args: Any) -> Any:
         """Run a layer, or the form that may stand for it; recompute it in the backward pass where that is asked for."""
-        compute = form_of(layer) or layer
+        form = form_of(layer)
+        compute = layer if form is None else form
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
             again = partial(self._recomputing, layer)
             return run_recomputed(compute, *args, selective=self.selective_checkpointing, again=again)

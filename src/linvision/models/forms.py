@@ -83,7 +83,6 @@ def use_forms(enable: bool) -> Iterator[None]:
         _in_use = before
 
 
-@torch.compiler.assume_constant_result  # a compiled graph has the answer of the time when it was traced
 def is_plain(module: nn.Module, inference: bool) -> bool:
     """Say whether a module and everything in it do what their parameters and classes say.
 

@@ -163,18 +163,18 @@ class VisionMamba(Backbone):
 
     def advance(self, carry: Stream, index: int) -> Stream:
         """Run layer ``index``, or pair of layers."""
-        hidden, residual = carry.hidden, carry.residual
-        if carry.of_sums is not None:
-            return carry._replace(hidden=carry.of_sums(self.layers[index], hidden))
+        hidden, residual, grid, order, of_sums = carry
+        if of_sums is not None:
+            return Stream(of_sums(self.layers[index], hidden), None, grid, order, of_sums)
         if self.rope is not None:
-            hidden = self.rope(hidden, carry.grid)
+            hidden = self.rope(hidden, grid)
             if residual is not None and self.rotate_residual:
-                residual = self.rope(residual, carry.grid)
+                residual = self.rope(residual, grid)
         if self.layers_per_block == 1:
             hidden, residual = self._run(self.layers[index], hidden, residual)
-            return carry._replace(hidden=hidden, residual=residual)
+            return Stream(hidden, residual, grid, order, None)
         first, second = (self._run(self.layers[2 * index + half], hidden, residual) for half in (0, 1))
-        return carry._replace(hidden=first[0] + second[0], residual=first[1] + second[1])
+        return Stream(first[0] + second[0], first[1] + second[1], grid, order, None)
 
     def finish(self, carry: Stream) -> Tensor:
         """Add hidden and residual up and normalise: tokens (B, S, D), class tokens included, each at its place."""
