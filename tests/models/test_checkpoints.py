@@ -251,3 +251,20 @@ def test_a_good_download_is_kept(hub_cache, monkeypatch, weights):
     monkeypatch.setattr(torch.hub, "download_url_to_file", None)
     kept = load_state_dict(fetch("https://example.org/weights.th"))
     assert torch.equal(kept["head.bias"], weights["head.bias"])
+
+
+def test_what_is_asked_of_published_weights_is_heeded(hub_cache, tmp_path):
+    source = linvision.create_model("vil2-tiny")
+    torch.nn.init.normal_(source.head.weight)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    torch.save(linvision.models.to_release("vil2-tiny", source.state_dict()), elsewhere / "vil2_tiny16_e800_in1k.th")
+    model = linvision.create_model("vil2-tiny", pretrained=True, cache_dir=elsewhere)
+    assert torch.equal(model.head.weight, source.head.weight)
+    fresh = linvision.create_model("vil2-tiny", pretrained=True, cache_dir=elsewhere, drop_head=True)
+    assert not torch.equal(fresh.head.weight, source.head.weight)
+    assert torch.equal(fresh.norm.weight, source.norm.weight)
+    with pytest.raises(CheckpointError, match="has no EMA weights"):
+        linvision.create_model("vil2-tiny", pretrained=True, cache_dir=elsewhere, ema=True)
+    assert not hub_cache.exists()
+    assert linvision.create_model("test_vit", ema=True, drop_head=True).num_classes == 1000  # of timm's, without a file

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import DefaultCfg, PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
@@ -23,9 +23,9 @@ BUILDER_OPTIONS = (
     "features_only",
     "out_indices",
     "feature_cls",
-    "weights",
-    "ema",
 )
+# What ``linvision.create_model`` asks of the weights.
+WEIGHT_OPTIONS = ("weights", "drop_head", "ema")
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,11 @@ class Published:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Weights:
+class Weights(NamedTuple):
     """A state dict that a model is to be built with; ``name`` is for the messages."""
 
     state_dict: StateDict
     name: str
-    drop_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,6 +71,11 @@ class Family:
             for tag in cfg.tags
             if not arch.startswith("test_")
         ]
+
+    def reported(self, arch: str, tag: str | None) -> Published | None:
+        """Return what papers report for a name; without a tag, for its first checkpoint."""
+        tag = tag or self.default_cfgs[arch].tags[0]
+        return self.published.get(f"{arch}.{tag}" if tag else arch)
 
 
 def classifier_cfg(**changes: Any) -> dict[str, Any]:
@@ -105,30 +108,29 @@ def build(
     """Build a registered model through timm: constructor ``defaults`` of the variant, changed by ``overrides``.
 
     Weights (those of the override ``weights``, or with ``pretrained`` the published or shared ones that timm's
-    description names) are loaded into the whole model before timm cuts a feature extractor out of it.
+    description names, of ``ema`` their moving average) are loaded into the whole model before timm cuts a feature
+    extractor out of it. The classifier stays fresh with ``drop_head``, and where published weights have other classes.
 
     Raises:
         UnknownOptionError: for an override that neither timm's builder nor the constructor knows.
     """
-    known = [*inspect.signature(model_class).parameters, *BUILDER_OPTIONS]
+    known = [*inspect.signature(model_class).parameters, *BUILDER_OPTIONS, *WEIGHT_OPTIONS]
     for name in overrides:
         if name not in known:
             raise UnknownOptionError(f"{variant} has no option {name!r}{did_you_mean(name, known)}")
     overrides = dict(overrides)
-    weights: Weights | None = overrides.pop("weights", None)
-    ema: bool = overrides.pop("ema", False)
-    overlay = overrides.get("pretrained_cfg_overlay")
-    cfg = resolve_pretrained_cfg(variant, overrides.get("pretrained_cfg"), overlay)
-    state_dict = _published(cfg, family, variant, ema) if pretrained and weights is None else None
+    weights, drop_head, ema = (overrides.pop(name, None) for name in WEIGHT_OPTIONS)
+    cfg = resolve_pretrained_cfg(variant, overrides.get("pretrained_cfg"), overrides.get("pretrained_cfg_overlay"))
+    published = pretrained and weights is None
+    if published:
+        weights = _published(cfg, family, variant, ema=bool(ema), cache_dir=overrides.get("cache_dir"))
 
     def construct(**options: Any) -> nn.Module:
         model = model_class(**options)
-        if state_dict is not None:
-            drop_head = getattr(model, "num_classes", 0) not in (0, cfg.num_classes)
-            load_weights(model, *state_dict, release=family.release, cfg=cfg.to_dict(), drop_head=drop_head)
-        elif weights is not None:
-            found, name, drop_head = weights.state_dict, weights.name, weights.drop_head
-            load_weights(model, found, name, release=family.release, cfg=cfg.to_dict(), drop_head=drop_head)
+        if weights is not None:
+            other_classes = published and getattr(model, "num_classes", 0) not in (0, cfg.num_classes)
+            fresh_head = bool(drop_head) or other_classes
+            load_weights(model, *weights, release=family.release, cfg=cfg.to_dict(), drop_head=fresh_head)
         return model
 
     return build_model_with_cfg(
@@ -140,24 +142,23 @@ def build(
     )
 
 
-def _published(cfg: PretrainedCfg, family: Family, variant: str, ema: bool) -> tuple[StateDict, str]:
+def _published(cfg: PretrainedCfg, family: Family, variant: str, *, ema: bool, cache_dir: str | Path | None) -> Weights:
     """Fetch and read, once, the weights that timm's description of a model names, or the average beside them."""
     if cfg.state_dict:
-        return dict(cfg.state_dict), variant
+        return Weights(dict(cfg.state_dict), variant)
     file = Path(cfg.file) if cfg.file else None
     if file is not None and file.is_dir():
         file = weights_in(file)
     if file is None and cfg.url and cfg.source != "hf-hub":
-        file = fetch(str(cfg.url))
+        file = fetch(str(cfg.url), cache_dir)
     elif file is None and cfg.hf_hub_id:
-        named = f"{cfg.architecture}.{cfg.tag}" if cfg.tag else str(cfg.architecture)
-        published = family.published.get(named) if cfg.source != "hf-hub" else None
+        published = family.reported(variant, cfg.tag) if cfg.source != "hf-hub" else None
         accuracy = published.top1 if published else None
-        file = fetch_from_hub(str(cfg.hf_hub_id), accuracy=accuracy, filename=cfg.hf_hub_filename)
+        file = fetch_from_hub(str(cfg.hf_hub_id), accuracy=accuracy, filename=cfg.hf_hub_filename, cache_dir=cache_dir)
     if file is None:
         reason = f" ({family.unpublished})" if family.unpublished else ""
         raise ValueError(
             f"{variant} has no published weights{reason}; load a file of your own through checkpoint_path, train it, "
             "or take a model that has them, such as vil2_tiny_patch16_224"
         )
-    return load_state_dict(file, ema=ema), file.name
+    return Weights(load_state_dict(file, ema=ema), file.name)

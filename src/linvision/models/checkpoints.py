@@ -166,13 +166,17 @@ def _check_fit(state_dict: StateDict, own: StateDict, what: str, heads: tuple[st
     raise CheckpointError(f"{what}: {problems}{hint}")
 
 
-def fetch(url: str) -> Path:
-    """Download published weights into the torch hub cache, with a progress bar, and check that they can be read.
+def fetch(url: str, folder: str | Path | None = None) -> Path:
+    """Download published weights, with a progress bar, and check that they can be read.
+
+    Args:
+        url: of the file.
+        folder: where it is kept; None for the torch hub cache.
 
     Raises:
         DownloadError: without a network or with a damaged download; names the URL and where to put the file by hand.
     """
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    folder = Path(torch.hub.get_dir()) / "checkpoints" if folder is None else Path(folder)
     target = folder / url.rsplit("/", 1)[-1]
     if target.is_file():
         return target

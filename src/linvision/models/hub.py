@@ -1,6 +1,7 @@
 """The Hugging Face hub: published files fetched by repository, and models shared in timm's form."""
 
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -14,23 +15,29 @@ WEIGHT_FILES = ["*.safetensors", "*.pth", "*.pt", "*.bin"]
 SHARED_FILES = ("model.safetensors", "pytorch_model.bin")  # what timm and ``push_to_hub`` call them, the first first
 
 
-def fetch_from_hub(repo_id: str, *, accuracy: float | None = None, filename: str | None = None) -> Path:
+def fetch_from_hub(
+    repo_id: str, *, accuracy: float | None = None, filename: str | None = None, cache_dir: str | Path | None = None
+) -> Path:
     """Download the weights of a hub repository into the hub's cache and return the file.
 
     Args:
         repo_id: "owner/name", or "owner/name@revision" with a branch, tag or commit to pin.
         accuracy: published top-1 in %. Of several files the one that carries it in its name (76p1 for 76.1) is taken.
         filename: the file to take.
+        cache_dir: another cache than the hub's own.
 
     Raises:
         DownloadError: without a network, for an unknown repository, or where no file or no one file is to be chosen.
     """
     repo_id, _, revision = repo_id.partition("@")
     named = filename or (f"*{accuracy:.1f}*".replace(".", "p") if accuracy is not None else None)
+    place: dict[str, Any] = {} if cache_dir is None else {"cache_dir": cache_dir}
     tried: list[Path] = []
     for patterns in [[named], WEIGHT_FILES] if named else [WEIGHT_FILES]:
         try:
-            folder = huggingface_hub.snapshot_download(repo_id, revision=revision or None, allow_patterns=patterns)
+            folder = huggingface_hub.snapshot_download(
+                repo_id, revision=revision or None, allow_patterns=patterns, **place
+            )
         except (OSError, HfHubHTTPError, HFValidationError) as error:
             raise DownloadError(
                 f"could not download {repo_id} from the Hugging Face hub ({str(error).splitlines()[0]}); fetch a file "

@@ -11,7 +11,7 @@ from timm.models import PretrainedCfg, get_pretrained_cfg, is_model, split_model
 from torch import nn
 
 from linvision.errors import DownloadError, UnknownNameError, did_you_mean
-from linvision.models.builder import Family, Published, Weights
+from linvision.models.builder import Family, Weights
 from linvision.models.checkpoints import StateDict, load_state_dict, load_weights
 from linvision.models.counts import counts
 from linvision.models.deit3 import variants as deit3
@@ -91,9 +91,9 @@ def create_model(
         overrides["pretrained_cfg_overlay"] = _pinned(name, revision, overrides.get("pretrained_cfg_overlay"))
     if checkpoint_path is not None:
         path = Path(checkpoint_path)
-        return _with_weights(name, Weights(load_state_dict(path, ema=ema), path.name, drop_head), overrides)
-    if ema:
-        overrides["ema"] = True
+        return _with_weights(name, Weights(load_state_dict(path, ema=ema), path.name), drop_head, overrides)
+    if _family(name) is not None:
+        overrides |= {"drop_head": drop_head, "ema": ema}
     try:
         return timm.create_model(name, pretrained=pretrained or name.startswith(SOURCES), **overrides)
     except (LocalEntryNotFoundError, HfHubHTTPError) as error:
@@ -101,12 +101,12 @@ def create_model(
         raise DownloadError(f"could not get {name} from the Hugging Face hub ({reason})") from error
 
 
-def _with_weights(name: str, weights: Weights, overrides: dict[str, Any]) -> nn.Module:
+def _with_weights(name: str, weights: Weights, drop_head: bool, overrides: dict[str, Any]) -> nn.Module:
     if _family(name) is not None:
-        return timm.create_model(name, weights=weights, **overrides)
+        return timm.create_model(name, weights=weights, drop_head=drop_head, **overrides)
     feature_options = {key: overrides.pop(key) for key in FEATURE_OPTIONS if key in overrides}
     model = timm.create_model(name, **overrides)
-    load_weights(model, weights.state_dict, weights.name, drop_head=weights.drop_head)
+    load_weights(model, *weights, drop_head=drop_head)
     if not feature_options.get("features_only"):
         return model
     # timm's feature extractors rename and drop keys each in its own way, after loading what it takes for a file.
@@ -165,7 +165,7 @@ def describe(name: str) -> ModelDescription:
     cfg = _pretrained_cfg(name)
     family = _family(name)
     parameters, macs = counts(name)
-    published = _published(name)
+    published = family.reported(*split_model_name_tag(name)) if family else None
     return ModelDescription(
         name=name,
         family=family.label if family else "timm",
@@ -181,16 +181,6 @@ def describe(name: str) -> ModelDescription:
 def _family(name: str) -> Family | None:
     arch, _ = split_model_name_tag(name)
     return next((family for family in FAMILIES if arch in family.default_cfgs), None)
-
-
-def _published(name: str) -> Published | None:
-    """Look up what is published for a name; without a tag, for its first checkpoint."""
-    family = _family(name)
-    if family is None:
-        return None
-    arch, tag = split_model_name_tag(name)
-    tag = tag or family.default_cfgs[arch].tags[0]
-    return family.published.get(f"{arch}.{tag}" if tag else arch)
 
 
 def _pinned(name: str, revision: str, overlay: dict[str, Any] | None) -> dict[str, Any]:
