@@ -44,12 +44,18 @@ class Run:
     def wait(self, seconds: float) -> int | None:
         """Return the exit code, or None where the run goes on; a negative one is that of a signal's default action."""
         ready, _, _ = select.select([self.ends], [], [], seconds)
-        return int(self.ends.readline()) if ready else None
+        return answered(self.ends.readline()) if ready else None
 
     def signal(self, number: int, group: bool) -> None:
         """Send a signal to the run, with its workers if ``group``."""
         with suppress(ProcessLookupError):
             (os.killpg if group else os.kill)(self.pid, number)
+
+
+def answered(line: bytes) -> int:
+    """Read a number that the process that starts the runs has written."""
+    assert line, "the process that starts the runs has ended"
+    return int(line)
 
 
 class Server:
@@ -64,7 +70,7 @@ class Server:
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps([arguments, str(log), fresh]).encode() + b"\n")
         self.process.stdin.flush()
-        return Run(int(self.process.stdout.readline()), self.process.stdout)
+        return Run(answered(self.process.stdout.readline()), self.process.stdout)
 
 
 @contextmanager

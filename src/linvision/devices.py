@@ -1,5 +1,7 @@
-"""Where commands compute and how: the words for it, and the choice of a device. torch is imported when it is made."""
+"""Where commands compute and how: the words for it, the choice of a device, for which torch is imported, its name."""
 
+import platform
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from linvision.errors import UsageError
@@ -34,3 +36,11 @@ def autocast_dtype(precision: Precision) -> "torch.dtype | None":
     import torch
 
     return {"32": None, "bf16": torch.bfloat16, "16": torch.float16}[precision]
+
+
+def cpu_name() -> str:
+    """Return the processor's name, as the system gives it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

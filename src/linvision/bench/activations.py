@@ -172,11 +172,11 @@ def _named_runs(model: Backbone, tracker: AllocationTracker) -> Iterator[None]:
         finally:
             tracker.block = ""
 
-    object.__setattr__(model, "_run", named)
+    model._run = named
     try:
         yield
     finally:
-        object.__delattr__(model, "_run")
+        del model._run
 
 
 def _name(func: object) -> str:

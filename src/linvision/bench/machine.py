@@ -3,7 +3,6 @@
 import os
 import platform
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -11,6 +10,7 @@ import torch
 
 import linvision
 from linvision.bench.measure import alternate
+from linvision.devices import cpu_name
 from linvision.ops.backends.cpp import library
 from linvision.ops.backends.triton.device import unusable
 
@@ -47,14 +47,6 @@ def kernels_on(device: str) -> str:
         version = "" if reason else import_module("triton").__version__
         return f"no Triton kernels: {reason}" if reason else f"Triton kernels ({version})"
     return f"C++ kernels for {library.level()}" if library.missing() is None else "no C++ kernels"
-
-
-def cpu_name() -> str:
-    """Return the processor's name, as the system gives it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def synchronize(device: str) -> None:

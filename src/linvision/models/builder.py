@@ -119,18 +119,21 @@ def build(
         if name not in known:
             raise UnknownOptionError(f"{variant} has no option {name!r}{did_you_mean(name, known)}")
     overrides = dict(overrides)
-    weights, drop_head, ema = (overrides.pop(name, None) for name in WEIGHT_OPTIONS)
+    weights: Weights | None = overrides.pop("weights", None)
+    drop_head, ema = (bool(overrides.pop(name, False)) for name in ("drop_head", "ema"))
     cfg = resolve_pretrained_cfg(variant, overrides.get("pretrained_cfg"), overrides.get("pretrained_cfg_overlay"))
     published = pretrained and weights is None
     if published:
-        weights = _published(cfg, family, variant, ema=bool(ema), cache_dir=overrides.get("cache_dir"))
+        weights = _published(cfg, family, variant, ema=ema, cache_dir=overrides.get("cache_dir"))
 
     def construct(**options: Any) -> nn.Module:
         model = model_class(**options)
         if weights is not None:
             other_classes = published and getattr(model, "num_classes", 0) not in (0, cfg.num_classes)
-            fresh_head = bool(drop_head) or other_classes
-            load_weights(model, *weights, release=family.release, cfg=cfg.to_dict(), drop_head=fresh_head)
+            release, fresh_head = family.release, drop_head or other_classes
+            load_weights(
+                model, weights.state_dict, weights.name, release=release, cfg=cfg.to_dict(), drop_head=fresh_head
+            )
         return model
 
     return build_model_with_cfg(

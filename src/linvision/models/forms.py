@@ -26,7 +26,7 @@ Compute = Callable[..., Any]
 When = Literal["inference", "training", "stack"]
 
 # Modules of other packages that may stand inside a layer that has a form.
-STANDARD = (nn.Linear, nn.LayerNorm, nn.GELU, nn.Conv1d, nn.BatchNorm2d, nn.ModuleList, DropPath)
+STANDARD = (nn.Linear, nn.LayerNorm, nn.GELU, nn.BatchNorm2d, nn.ModuleList, DropPath)
 
 PLAIN = (nn.Parameter, Tensor, FakeTensor)  # kinds of parameters; a fake tensor stands for a plain one while tracing
 
@@ -54,22 +54,22 @@ def stands_for(
 
 def form_of(layer: nn.Module) -> Compute | None:
     """Return the form that may stand for a layer here and now, called with what its ``forward`` takes, or None."""
-    if not _in_use or current_backend() == "reference":
-        return None
-    kind = type(layer)
-    if (kind, "inference") in FORMS and not torch.is_grad_enabled() and is_plain(layer, True):
-        return partial(FORMS[kind, "inference"], layer)
-    if (kind, "training") in FORMS and is_plain(layer, False):
-        return partial(FORMS[kind, "training"], layer)
-    return None
+    form = _form(type(layer), "inference")
+    if form is not None and not torch.is_grad_enabled() and is_plain(layer, True):
+        return partial(form, layer)
+    form = _form(type(layer), "training")
+    return partial(form, layer) if form is not None and is_plain(layer, False) else None
 
 
 def form_of_stack(layers: nn.ModuleList) -> Compute | None:
     """Return the form that may stand for each layer of a stack here and now, called with the layer first, or None."""
-    kind = type(layers[0]) if len(layers) else None
-    if kind is None or (kind, "stack") not in FORMS or not _in_use or current_backend() == "reference":
-        return None
-    return FORMS[kind, "stack"] if not torch.is_grad_enabled() and is_plain(layers, True) else None
+    form = _form(type(layers[0]), "stack") if len(layers) else None
+    return form if form is not None and not torch.is_grad_enabled() and is_plain(layers, True) else None
+
+
+def _form(kind: type[nn.Module], when: When) -> Compute | None:
+    """Look up a form; where definitions are to run there is none."""
+    return FORMS.get((kind, when)) if _in_use and current_backend() != "reference" else None
 
 
 @contextmanager

@@ -106,7 +106,7 @@ def _with_weights(name: str, weights: Weights, drop_head: bool, overrides: dict[
         return timm.create_model(name, weights=weights, drop_head=drop_head, **overrides)
     feature_options = {key: overrides.pop(key) for key in FEATURE_OPTIONS if key in overrides}
     model = timm.create_model(name, **overrides)
-    load_weights(model, *weights, drop_head=drop_head)
+    load_weights(model, weights.state_dict, weights.name, drop_head=drop_head)
     if not feature_options.get("features_only"):
         return model
     # timm's feature extractors rename and drop keys each in its own way, after loading what it takes for a file.

@@ -2,7 +2,6 @@
 
 import platform
 import statistics
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 import linvision
+from linvision.devices import cpu_name
 from linvision.files import write_json
 from linvision.training.callbacks import Recorder
 from linvision.training.curves import draw_curves
@@ -51,7 +51,7 @@ def _summary(model: nn.Module, plan: Plan, recorder: Recorder, measured: Measure
         "test_images": measured.num_images,
         "unreadable": plan.unreadable(),
         "seed": plan.options.seed,
-        "device": gpu or _cpu_name(),
+        "device": gpu or cpu_name(),
         "precision": plan.options.precision,
         "threads": torch.get_num_threads(),
         "versions": {
@@ -62,10 +62,3 @@ def _summary(model: nn.Module, plan: Plan, recorder: Recorder, measured: Measure
             "pytorch_lightning": pl.__version__,
         },
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -25,6 +25,8 @@ from linvision.models.vim.layers import LayerNorm, MambaMixer, RMSNorm, RotaryEm
 
 ClassToken = Literal["middle", "first", "random", "double", "none"]
 Directions = Literal["v2", "v1", "one-way", "paired"]
+Rotary = Literal[False, "hidden", "both"]
+ROTARY = (False, "hidden", "both")
 DIRECTIONS = ("v2", "v1", "one-way", "paired")
 CLASS_TOKENS = ("middle", "first", "random", "double", "none")
 POOLINGS = ("token", "avg", "max", "last", "")
@@ -96,7 +98,7 @@ class VisionMamba(Backbone):
         norm: Literal["rms", "layer"] = "rms",
         norm_eps: float = 1e-5,
         pos_embed: bool = True,
-        rotary: Literal[False, "hidden", "both"] = False,
+        rotary: Rotary = False,
         rotary_reference: int = 14,
         shuffle_tokens: bool = False,
         flip_probability: float = 0.0,
@@ -104,12 +106,9 @@ class VisionMamba(Backbone):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        _check_choice("class_token", class_token, CLASS_TOKENS)
-        _check_choice("directions", directions, DIRECTIONS)
         _check_choice("norm", norm, ("rms", "layer"))
-        _check_choice("rotary", rotary, (False, "hidden", "both"))
-        moved = shuffle_tokens or flip_probability > 0
-        _check_combinations(class_token, directions, depth, rotary=bool(rotary), moved=moved, flip=flip_probability)
+        _check_directions(directions, depth)
+        _check_order(class_token, rotary, shuffle_tokens, flip_probability)
         self.patch_size, self.stride = pair(patch_size), pair(stride or patch_size)
         self.in_chans, self.num_classes, self.num_features, self.head_hidden_size = in_chans, num_classes, dim, dim
         self.class_token: ClassToken = class_token
@@ -118,7 +117,6 @@ class VisionMamba(Backbone):
         self.rotate_residual = rotary == "both"
         self.layers_per_block = 2 if directions == "paired" else 1
         self.grid = patch_grid(pair(img_size), self.patch_size, self.stride)
-
         self.patch_embed = PatchEmbed(in_chans, dim, self.patch_size, self.stride)
         for name in self._class_token_names():
             self.register_parameter(name, nn.Parameter(torch.empty(1, 1, dim)))
@@ -367,16 +365,20 @@ def _check_choice(name: str, value: Any, known: Sequence[Any]) -> None:
         raise ValueError(f"{name}={value!r}: VisionMamba knows {', '.join(map(repr, known))}")
 
 
-def _check_combinations(
-    class_token: ClassToken, directions: Directions, depth: int, *, rotary: bool, moved: bool, flip: float
-) -> None:
-    """Raise ValueError for options that exclude each other."""
-    if rotary and (class_token not in ("first", "none") or moved):
+def _check_directions(directions: Directions, depth: int) -> None:
+    _check_choice("directions", directions, DIRECTIONS)
+    if directions == "paired" and depth % 2:
+        raise ValueError(f"directions='paired' needs an even depth but depth={depth}")
+
+
+def _check_order(class_token: ClassToken, rotary: Rotary, shuffle_tokens: bool, flip_probability: float) -> None:
+    """Raise ValueError for unknown places of tokens, and for a rotary embedding of tokens that leave theirs."""
+    _check_choice("class_token", class_token, CLASS_TOKENS)
+    _check_choice("rotary", rotary, ROTARY)
+    if rotary and (class_token not in ("first", "none") or shuffle_tokens or flip_probability > 0):
         raise ValueError(
             "rotary embedding needs every token at its place: take class_token='first' or 'none' (not "
             f"{class_token!r}), and neither shuffle_tokens nor flip_probability"
         )
-    if directions == "paired" and depth % 2:
-        raise ValueError(f"directions='paired' needs an even depth but depth={depth}")
-    if not 0 <= flip <= 1:
-        raise ValueError(f"flip_probability={flip}: a probability from 0 to 1 is needed")
+    if not 0 <= flip_probability <= 1:
+        raise ValueError(f"flip_probability={flip_probability}: a probability from 0 to 1 is needed")
