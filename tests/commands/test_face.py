@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import fields
 from importlib import import_module
 
 import pytest
@@ -35,6 +36,22 @@ def test_no_option_is_lost(name):
     parser = build_parser(name, import_module(f"linvision.commands.{name}"))
     flags = {flag for action in parser._actions for flag in action.option_strings}
     assert {f"--{flag}" for flag in FLAGS[name].split()} <= flags
+
+
+@pytest.mark.parametrize("name", ["train", "bench"])
+def test_every_option_of_a_long_help_stands_in_one_group(name):
+    command = import_module(f"linvision.commands.{name}")
+    grouped = " ".join(command.GROUPS.values()).split()
+    assert sorted(grouped) == sorted(field.name for field in fields(command.Options))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [([], "(recipe digits: 15)"), (["--data", "photos"], "(recipe imagefolder: 100)")],
+)
+def test_the_help_shows_the_settings_of_the_recipe(arguments, shown, capfd):
+    assert main(["train", *arguments, "--help"]) == 0
+    assert f"passes over the training images {shown}" in " ".join(capfd.readouterr().out.split())
 
 
 def test_help_needs_no_torch():

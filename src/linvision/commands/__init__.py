@@ -2,7 +2,8 @@
 
 Its module has ``EXAMPLE``, the dataclass ``Options`` (a field without a default is a positional argument, the docstring
 holds the help texts) and ``run(options)``, which returns the exit code and imports what it works with. ``POSITIONAL``
-names fields with a default that are positional, ``CONFIG = True`` lets --config read options from YAML.
+names fields with a default that are positional, ``CONFIG = True`` lets --config read options from YAML, ``GROUPS``
+orders the options of a long help, and ``shown_defaults(arguments)`` names defaults that lie elsewhere.
 """
 
 # In the order of the help, each with what it does.

@@ -22,7 +22,7 @@ def parse(command: ModuleType, name: str, arguments: list[str]) -> Any | None:
     Raises:
         UsageError: an option does not exist or has a value of another type.
     """
-    parser = build_parser(name, command)
+    parser = build_parser(name, command, arguments)
     if {"-h", "--help"} & set(arguments):
         parser.print_help()
         return None
@@ -41,8 +41,8 @@ def nearest_of(name: str, known: Sequence[str]) -> str:
     return f": did you mean {' or '.join(near)}?" if near else ""
 
 
-def build_parser(name: str, command: ModuleType) -> jsonargparse.ArgumentParser:
-    """Build a command's parser from the dataclass of its options."""
+def build_parser(name: str, command: ModuleType, arguments: Sequence[str] = ()) -> jsonargparse.ArgumentParser:
+    """Build a command's parser from its dataclass of options; the arguments decide which defaults its help shows."""
     options, positional = command.Options, getattr(command, "POSITIONAL", ())
     parser = jsonargparse.ArgumentParser(
         prog=f"linvision {name}",
@@ -53,31 +53,45 @@ def build_parser(name: str, command: ModuleType) -> jsonargparse.ArgumentParser:
         exit_on_error=False,
         print_config="--print-%s",
     )
-    texts = {parameter.arg_name: parameter.description for parameter in docstring_parser.parse(options.__doc__).params}
-    types = get_type_hints(options)
-    for field in fields(options):
-        help_text = " ".join((texts.get(field.name) or "").split())
-        _add_argument(parser, field, types[field.name], help_text, field.name in positional)
+    texts, types = _help_texts(options), get_type_hints(options)
+    shown = command.shown_defaults(arguments) if hasattr(command, "shown_defaults") else {}
+    groups = _groups(parser, getattr(command, "GROUPS", {}))
+    for field in sorted(fields(options), key=lambda field: list(groups).index(field.name) if groups else 0):
+        default = f" ({shown[field.name]})" if field.name in shown else ""
+        target = groups.get(field.name, parser)
+        _add_argument(target, field, types[field.name], texts[field.name] + default, field.name in positional)
     if getattr(command, "CONFIG", False):
         parser.add_argument("--config", action="config", help="read options from this YAML file, such as a run's own")
     return parser
 
 
-def _add_argument(
-    parser: jsonargparse.ArgumentParser, field: Field, kind: Any, help_text: str, positional: bool
-) -> None:
+def _help_texts(options: type) -> dict[str, str]:
+    """Read what the docstrings of a dataclass and of what it derives from say about each field."""
+    documented = [docstring_parser.parse(part.__doc__ or "").params for part in reversed(options.__mro__)]
+    return {one.arg_name: " ".join((one.description or "").split()) for params in documented for one in params}
+
+
+def _groups(parser: jsonargparse.ArgumentParser, names: dict[str, str]) -> dict[str, Any]:
+    """Add a command's groups of options, and return the group of each option in the order of the help."""
+    if names:
+        parser.usage = f"{parser.prog} [options]"
+    made = [(parser.add_argument_group(title), options.split()) for title, options in names.items()]
+    return {name: group for group, options in made for name in options}
+
+
+def _add_argument(target: Any, field: Field, kind: Any, help_text: str, positional: bool) -> None:
     flag = f"--{field.name.replace('_', '-')}"
     if field.default is MISSING and field.default_factory is MISSING:
         many = get_origin(kind) is list
-        parser.add_argument(field.name, type=str if many else kind, nargs="+" if many else None, help=help_text)
+        target.add_argument(field.name, type=str if many else kind, nargs="+" if many else None, help=help_text)
     elif positional:
-        parser.add_argument(field.name, type=kind, nargs="?", default=field.default, help=help_text)
+        target.add_argument(field.name, type=kind, nargs="?", default=field.default, help=help_text)
     elif kind is bool:
-        parser.add_argument(flag, action="store_true", default=field.default, help=help_text)
+        target.add_argument(flag, action="store_true", default=field.default, help=help_text)
     else:
         default = field.default if field.default_factory is MISSING else field.default_factory()
         shown = f" (default: {default})" if default not in (None, "") else ""
-        parser.add_argument(flag, type=kind, default=default, help=help_text + shown)
+        target.add_argument(flag, type=kind, default=default, help=help_text + shown)
 
 
 def _checked_flags(parser: jsonargparse.ArgumentParser, name: str, arguments: list[str]) -> list[str]:

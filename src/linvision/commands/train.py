@@ -1,14 +1,15 @@
 """The command ``linvision train``."""
 
-from dataclasses import dataclass, fields, replace
+from argparse import ArgumentParser
+from dataclasses import dataclass, fields, make_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from linvision.errors import RunError, UsageError
 from linvision.interruption import Interruption, interruptible
-from linvision.recipes import load_recipe, recipe_for
+from linvision.recipes import Recipe, load_recipe, recipe_for
 from linvision.tasks import get_task
-from linvision.training.settings import MACHINE, Border, Loss, RunOptions, Settings, check_ranges
+from linvision.training.settings import MACHINE, RunOptions, Settings, check_ranges
 
 EXAMPLE = """linvision train --data digits
   linvision train --model vil2-tiny --pretrained --data photos/ --epochs 20 --lr 1e-4
@@ -16,84 +17,35 @@ EXAMPLE = """linvision train --data digits
 CONFIG = True
 
 
+GROUPS = {
+    "data and model": "data data_root recipe task model img_size pretrained checkpoint drop_head",
+    "run": "out resume overwrite seed",
+    "optimisation": "epochs batch_size opt lr weight_decay warmup_epochs layer_decay clip_grad ema",
+    "regularisation": "loss label_smoothing drop_path mixup cutmix",
+    "augmentation": "flip erase rotate shift scale shear border crop_scale auto_augment color_jitter",
+    "machine": "device precision checkpointing workers",
+}
+
+# A setting that is not given is the recipe's.
+Given = make_dataclass(
+    "Given",
+    [(name, kind | None, None) for name, kind in get_type_hints(Settings).items()],
+    bases=(RunOptions,),
+    namespace={"__doc__": Settings.__doc__},
+    frozen=True,
+    kw_only=True,
+)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Options(RunOptions):
-    """How to train.
+class Options(Given):
+    """How to train: settings, and what belongs to the run.
 
     Attributes:
-        data: digits, fashion-mnist, mnist, cifar10, cifar100, or a folder with train/ and val/, each with a folder of
-            images for every class
         recipe: settings to start from, by the name of a page that ``linvision recipes`` lists; default that of the data
-        task: what to learn
-        model: name of the model, one of linvision's or timm's
-        epochs: passes over the training images
-        batch_size: images in a step
-        opt: optimiser, one of timm's
-        lr: peak learning rate, reached after the warm-up
-        weight_decay: not applied to biases, norms and what the model exempts
-        warmup_epochs: epochs in which the learning rate rises to its peak; it then follows a cosine
-        layer_decay: factor on the learning rate from each layer to the one below; 1 for none
-        clip_grad: largest norm of the gradient; 0 for no limit
-        drop_path: probability that a residual branch is skipped
-        loss: cross-entropy, or bce for one binary decision a class
-        label_smoothing: share of each target that is spread over all classes
-        mixup: strength (alpha) of mixing images pixel by pixel; 0 for none
-        cutmix: strength (alpha) of pasting a part of one image into another; 0 for none
-        ema: decay of the weights' moving average, which is then what is measured and kept; 0 for none
-        flip: probability of mirroring an image left to right
-        erase: probability of overwriting a rectangle of an image with noise
-        rotate: largest rotation of small images in memory, in degrees
-        shift: largest shift of these, as a share of the side
-        scale: largest relative change of their size
-        shear: largest shear of these, in degrees
-        border: what comes into view at their edges, zeros or reflection
-        crop_scale: smallest share of a photograph's area that a random crop keeps
-        auto_augment: timm's policy for photographs; 3a is DeiT-III's 3-Augment, "" for none
-        color_jitter: strength of their changes of brightness, contrast and saturation
-        img_size: side of the input in pixels
-        pretrained: start from the model's published weights
-        checkpoint: start from the weights in this file
-        drop_head: train a new classifier, for when the checkpoint has other classes
-        out: run folder to create; default runs/MODEL-DATA-N
-        resume: continue the run in this folder exactly where its last whole epoch ended
-        overwrite: replace the run in the folder given by out
-        seed: of the weights, the order and the random changes of the images
-        device: auto takes a GPU if there is one
-        precision: numeric precision: 32, bf16 or 16 (16 needs a GPU)
-        checkpointing: of activations, which saves memory and changes no result: selective recomputes in the backward
-            pass what is cheap (norms, activations, gates, depthwise convolutions), full everything
-        workers: processes that decode images of a folder; default the cores that are there, at most 8
-        data_root: folder of downloaded data; default $LINVISION_DATA or ~/.cache/linvision
     """
 
     recipe: str | None = None
-    task: str | None = None
-    model: str | None = None
-    epochs: int | None = None
-    batch_size: int | None = None
-    opt: str | None = None
-    lr: float | None = None
-    weight_decay: float | None = None
-    warmup_epochs: float | None = None
-    layer_decay: float | None = None
-    clip_grad: float | None = None
-    drop_path: float | None = None
-    loss: Loss | None = None
-    label_smoothing: float | None = None
-    mixup: float | None = None
-    cutmix: float | None = None
-    ema: float | None = None
-    flip: float | None = None
-    erase: float | None = None
-    rotate: float | None = None
-    shift: float | None = None
-    scale: float | None = None
-    shear: float | None = None
-    border: Border | None = None
-    crop_scale: float | None = None
-    auto_augment: str | None = None
-    color_jitter: float | None = None
-    img_size: int | None = None
 
     def given(self) -> list[str]:
         """Return the names of the options that differ from their defaults."""
@@ -127,11 +79,29 @@ class Options(RunOptions):
         ]
 
     def _recipe(self) -> Settings:
-        return (recipe_for(self.data) if self.recipe is None else load_recipe(self.recipe)).settings
+        return _recipe_of(self.data, self.recipe).settings
 
     def run_options(self) -> RunOptions:
         """Return what is no setting."""
         return RunOptions(**{field.name: getattr(self, field.name) for field in fields(RunOptions)})
+
+
+def _recipe_of(data: str, name: str | None) -> Recipe:
+    return recipe_for(data) if name is None else load_recipe(name)
+
+
+def shown_defaults(arguments: list[str]) -> dict[str, str]:
+    """Return what the help shows as the settings' defaults: those of the recipe that the arguments choose."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--data", default=RunOptions.data)
+    parser.add_argument("--recipe")
+    chosen, _ = parser.parse_known_args(arguments)
+    recipe = _recipe_of(chosen.data, chosen.recipe)
+    values = {name: value for name, value in vars(recipe.settings).items() if value not in (None, "")}
+    return {
+        name: f"recipe {recipe.name}: {value:g}" if isinstance(value, float) else f"recipe {recipe.name}: {value}"
+        for name, value in values.items()
+    }
 
 
 def run(options: Options) -> int:

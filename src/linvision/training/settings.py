@@ -14,32 +14,36 @@ Loss = Literal["cross-entropy", "bce"]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a training run computes; where it computes is no part of it.
+    """What a training run computes; where it computes is no part of it. The help shows the lines on its attributes.
 
     Attributes:
-        task: what is learnt, by its name.
-        model: registered name.
-        img_size: side of the input in pixels; None for the model's own.
-        epochs: passes over the training images.
-        batch_size: images in a step.
-        opt: optimiser, by timm's name.
-        lr: peak learning rate, reached after the warm-up.
-        weight_decay: not applied to biases, norms and what the model exempts.
-        warmup_epochs: epochs in which the learning rate rises to its peak; it then follows a cosine.
-        layer_decay: factor on the learning rate from each layer to the one below; 1 for none.
-        clip_grad: largest norm of the gradient; 0 for no limit.
-        drop_path: probability that a residual branch is skipped.
-        loss: "cross-entropy", or "bce" for one binary decision a class.
-        label_smoothing: share of each target that is spread over all classes.
-        mixup, cutmix: strength (alpha) of mixing and pasting images; 0 for none.
-        ema: decay of the weights' moving average, which is then what is measured and kept; 0 for none.
-        flip, erase: probability of mirroring left to right, and of overwriting a rectangle with noise.
-        rotate, shift, scale, shear: largest changes of small images in memory: degrees, share of a side, relative
-            size, degrees.
-        border: what comes into view at their edges.
-        crop_scale: smallest share of a photograph's area that a random crop keeps.
-        auto_augment: timm's policy for photographs; "3a" is DeiT-III's 3-Augment (arXiv 2204.07118), "" for none.
-        color_jitter: strength of their changes of brightness, contrast and saturation.
+        task: what to learn
+        model: name of the model, one of linvision's or timm's
+        img_size: side of the input in pixels; default the model's own
+        epochs: passes over the training images
+        batch_size: images in a step
+        opt: optimiser, one of timm's
+        lr: peak learning rate, reached after the warm-up
+        weight_decay: not applied to biases, norms and what the model exempts
+        warmup_epochs: epochs in which the learning rate rises to its peak; it then follows a cosine
+        layer_decay: factor on the learning rate from each layer to the one below; 1 for none
+        clip_grad: largest norm of the gradient; 0 for no limit
+        drop_path: probability that a residual branch is skipped
+        loss: cross-entropy, or bce for one binary decision a class
+        label_smoothing: share of each target that is spread over all classes
+        mixup: strength (alpha) of mixing images pixel by pixel; 0 for none
+        cutmix: strength (alpha) of pasting a part of one image into another; 0 for none
+        ema: decay of the weights' moving average, which is then what is measured and kept; 0 for none
+        flip: probability of mirroring an image left to right
+        erase: probability of overwriting a rectangle of an image with noise
+        rotate: largest rotation of small images in memory, in degrees
+        shift: largest shift of small images in memory, as a share of the side
+        scale: largest relative change of the size of small images in memory
+        shear: largest shear of small images in memory, in degrees
+        border: what comes into view at their edges, zeros or reflection
+        crop_scale: smallest share of a photograph's area that a random crop keeps
+        auto_augment: timm's policy for photographs; 3a is DeiT-III's 3-Augment (arXiv 2204.07118), "" for none
+        color_jitter: strength of the changes of a photograph's brightness, contrast and saturation
     """
 
     task: str = "classify"
@@ -134,7 +138,25 @@ RANGES = (
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Where a run gets its data and weights from, where it computes and what it writes to."""
+    """Where a run gets its data and weights from, where it computes and what it writes to.
+
+    Attributes:
+        data: digits, fashion-mnist, mnist, cifar10, cifar100, or a folder with train/ and val/, each with a folder of
+            images for every class
+        pretrained: start from the model's published weights
+        checkpoint: start from the weights in this file
+        drop_head: train a new classifier, for when the checkpoint has other classes
+        out: run folder to create; default runs/MODEL-DATA-N
+        resume: continue the run in this folder exactly where its last whole epoch ended
+        overwrite: replace the run in the folder given by out
+        seed: of the weights, the order and the random changes of the images
+        device: auto takes a GPU if there is one
+        precision: numeric precision: 32, bf16 or 16 (16 needs a GPU)
+        checkpointing: of activations, which saves memory and changes no result: selective recomputes in the backward
+            pass what is cheap (norms, activations, gates, depthwise convolutions), full everything
+        workers: processes that decode images of a folder; default the cores that are there, at most 8
+        data_root: folder of downloaded data; default $LINVISION_DATA or ~/.cache/linvision
+    """
 
     data: str = "digits"
     pretrained: bool = False
