@@ -18,11 +18,14 @@ $(VENV)/.installed: pyproject.toml $(KERNELS)
 train: $(VENV)/.installed ## watch a ViL learn real handwriting (scikit-learn's digits; about 2 minutes on 2 cores)
 	$(BIN)/linvision train --data digits
 
+# A process a core, and no more than fit into memory; whoever is done takes tests from the others.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+
 test: $(VENV)/.installed ## run the tests (4 minutes at most on 2 cores)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(VENV)/.installed ## run all tests, the long ones too
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 tables: $(VENV)/.installed ## count the models anew for linvision models (half a minute)
 	$(BIN)/python benchmarks/count_models.py

@@ -30,6 +30,18 @@ def pytest_deselected(items):
     _left_out.update(item.nodeid.partition("::")[0] for item in items)
 
 
+def pytest_sessionfinish(session):
+    """Hand the count from a process of pytest-xdist's to the one that prints."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = dict(_left_out)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Take over a process's count; all of them collect the same tests."""
+    _left_out.update(Counter(getattr(node, "workeroutput", {}).get("left_out")) - _left_out)
+
+
 def pytest_terminal_summary(terminalreporter):
     """Say which tests did not run and why."""
     skipped = Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", []))
