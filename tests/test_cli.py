@@ -139,7 +139,7 @@ def test_existing_folder_is_refused(tmp_path, capfd):
     assert (out / "notes.txt").exists()
     capfd.readouterr()
     assert main([*arguments, str(tmp_path / "data"), "--overwrite"]) == 2
-    assert "holds no run, so --overwrite does not touch it" in one_line(capfd)
+    assert "holds train, which is no part of a run: it is left as it is" in one_line(capfd)
     assert (tmp_path / "data/train").exists()
     assert main(["train", "--resume", str(out), "--lr", "1"]) == 2
     assert "leave out --lr" in one_line(capfd)

@@ -16,6 +16,7 @@ from linvision.errors import BackendError, RunError, UsageError, exit_code
 # What the extra "train" brings.
 EXTRA = {
     "docstring_parser",
+    "filelock",
     "jsonargparse",
     "matplotlib",
     "pytorch_lightning",

@@ -16,6 +16,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path to write to; it takes the place of ``path`` once all of it is on the disk.
 
     A process that is killed, or a disk that fills up on the way, leaves ``path`` as it was.
+
+    Raises:
+        OSError: naming ``path``, where it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -23,6 +26,10 @@ def replacing(path: Path) -> Iterator[Path]:
         with temporary.open("rb+") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:  # a full disk does not say whose file it was
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,9 +1,11 @@
-"""SIGINT (Ctrl-C) and SIGTERM end a run in order: at once, or after the step that must not be cut in two.
+"""SIGINT (Ctrl-C) and SIGTERM end a run in order: after the step that must not be cut in two, or at once.
 
-A signal is remembered from its arrival to the exit. What a handler raises is not always heard: Python drops it inside a
-finaliser, and an import that is tried may catch it. So whoever works on looks again, by ``obey``.
+A handler must not raise. Python drops what it raises inside a finaliser, and the run goes on; raised at the end of a
+``with lock``, it leaves the lock held, and the end in order waits for it for ever. So a handler takes note, for ``obey``
+to raise between two steps, or ends the process on the spot.
 """
 
+import os
 import signal
 import sys
 import threading
@@ -12,6 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SHOW_CURSOR = "\x1b[?25h"  # which progress bars hide
 
 
 class Interruption:
@@ -27,7 +30,7 @@ class Interruption:
         self._patient = False
 
     def obey(self) -> None:
-        """End the process if a signal came.
+        """End the process in order if a signal came.
 
         Raises:
             SystemExit: with the code of a process that the signal ended, 128 and its number.
@@ -37,8 +40,7 @@ class Interruption:
 
     @contextmanager
     def patience(self) -> Iterator[None]:
-        """Only take note of a first signal, for ``obey`` to be called between steps; a second one is obeyed at once."""
-        self.obey()
+        """Only take note of a first signal, for ``obey`` to be called between steps; a second one ends the process."""
         self._patient = True
         try:
             yield
@@ -47,15 +49,18 @@ class Interruption:
         self.obey()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        first = self._number is None
-        self._number = number
-        if not (self._patient and first):
-            self.obey()
+        if self._patient and self._number is None:
+            self._number = number
+            return
+        # No finally of anybody runs: files are whole at any moment, and the system takes locks back.
+        line = f"{self.advice}\n" if self.advice else ""
+        os.write(2, (line + SHOW_CURSOR * sys.stderr.isatty()).encode())
+        os._exit(128 + number)
 
 
 @contextmanager
 def interruptible() -> Iterator[Interruption]:
-    """Let SIGINT and SIGTERM raise SystemExit in here, and nothing else come of them.
+    """Let SIGINT and SIGTERM end the process as ``Interruption`` says, and nothing else come of them.
 
     An error after a signal is a consequence of it, such as that of a data loader whose workers had the signal too.
     Outside the main thread, which alone may handle signals, they are left alone.
@@ -67,7 +72,6 @@ def interruptible() -> Iterator[Interruption]:
     before = {number: signal.signal(number, interruption._handle) for number in SIGNALS}
     try:
         yield interruption
-        interruption.obey()
     except (Exception, SystemExit):
         if interruption._number is not None and interruption.advice:
             sys.stderr.write(f"{interruption.advice}\n")

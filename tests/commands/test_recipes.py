@@ -53,13 +53,16 @@ PAGE = {
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"settings": {**PAGE["settings"], "epocs": 3}}, "recipe x has no setting 'epocs'; did you mean epochs"),
-        ({"settings": {**PAGE["settings"], "epochs": "3"}}, "recipe x: epochs cannot be '3'"),
-        ({"settings": {**PAGE["settings"], "epochs": True}}, "recipe x: epochs cannot be True"),
-        ({"settings": {**PAGE["settings"], "loss": "mse"}}, "recipe x: loss cannot be 'mse'"),
-        ({"settings": {"model": "test_vil2", "epochs": 1}}, "recipe x lacks batch_size, lr"),
+        (
+            {"settings": {**PAGE["settings"], "epocs": 3}},
+            "recipe x, settings: there is no key 'epocs'; did you mean epochs",
+        ),
+        ({"settings": {**PAGE["settings"], "epochs": "3"}}, "recipe x, settings: epochs takes a whole number, not '3'"),
+        ({"settings": {**PAGE["settings"], "epochs": True}}, "epochs takes a whole number, not True"),
+        ({"settings": {**PAGE["settings"], "loss": "mse"}}, "loss takes cross-entropy or bce, not 'mse'"),
+        ({"settings": {"model": "test_vil2", "epochs": 1}}, "recipe x, settings: it lacks batch_size, lr"),
         ({"settings": {**PAGE["settings"], "lr": -1.0}}, "--lr -1.0 is out of range"),
-        ({"promises": "p"}, "recipe x has no key 'promises'; did you mean promise"),
+        ({"promises": "p"}, "recipe x: there is no key 'promises'; did you mean promise"),
     ],
 )
 def test_unknown_and_wrong_keys_are_refused(changes, message):

@@ -27,7 +27,7 @@ RANDOM = ("--mixup", "0.5", "--cutmix", "0.5", "--drop-path", "0.3", "--ema", "0
 
 
 def test_run_folder_is_complete(finished):
-    assert {path.name for path in finished.iterdir()} == {
+    assert {path.name for path in finished.iterdir() if not path.name.startswith(".")} == {
         *FILES,
         "predictions.png",
         "confusion_matrix.png",
@@ -155,17 +155,20 @@ def test_resuming_a_finished_run_only_writes_its_results(finished, tmp_path, col
 
 def test_a_full_disk_loses_nothing(finished, colours, tmp_path, monkeypatch, capfd):
     out = tmp_path / "run"
-    write = checkpoints.TorchCheckpointIO.save_checkpoint
+    save, write = checkpoints.AtomicCheckpointIO.save_checkpoint, Path.write_bytes
 
-    def full(self, checkpoint, path, storage_options=None):
+    def full(path, content):
+        write(path, content[:10])
+        raise OSError(28, "No space left on device")
+
+    def second(self, checkpoint, path, storage_options=None):
         if checkpoint["epoch"] == 1:
-            path.write_bytes(b"half of the sta")
-            raise OSError(28, "No space left on device")
-        write(self, checkpoint, path, storage_options)
+            monkeypatch.setattr(Path, "write_bytes", full)
+        save(self, checkpoint, path, storage_options)
 
-    monkeypatch.setattr(checkpoints.TorchCheckpointIO, "save_checkpoint", full)
+    monkeypatch.setattr(checkpoints.AtomicCheckpointIO, "save_checkpoint", second)
     assert main(["train", "--data", str(colours), "--out", str(out), *TINY]) == 1
-    assert "No space left on device" in capfd.readouterr().err
+    assert f"No space left on device: '{out / 'state.ckpt'}'" in capfd.readouterr().err
     assert not [path for path in out.iterdir() if path.suffix == ".tmp"]
     monkeypatch.undo()
     assert main(["train", "--resume", str(out)]) == 0

@@ -4,14 +4,17 @@ import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
+from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 import docstring_parser
 import jsonargparse
+import yaml
 
 from linvision.commands import COMMANDS
 from linvision.errors import UsageError, nearest
+from linvision.records import describe, parse_yaml, read_file
 
 NEAR = 0.7  # how similar an option or a command has to be to be guessed at
 
@@ -61,6 +64,7 @@ def build_parser(name: str, command: ModuleType, arguments: Sequence[str] = ()) 
         target = groups.get(field.name, parser)
         _add_argument(target, field, types[field.name], texts[field.name] + default, field.name in positional)
     if getattr(command, "CONFIG", False):
+        jsonargparse.set_loader("yaml", parse_yaml, (yaml.YAMLError,))
         parser.add_argument("--config", action="config", help="read options from this YAML file, such as a run's own")
     return parser
 
@@ -105,6 +109,11 @@ def _checked_flags(parser: jsonargparse.ArgumentParser, name: str, arguments: li
             if flag not in known:
                 raise UsageError(f"unknown option {flag}{nearest_of(flag, known)}; see linvision {name} --help")
         checked.append(flag + equals + value)
+        if flag == "--config":
+            path = Path(value or next(iter(arguments[len(checked) :]), ""))
+            if not path.is_file():
+                raise UsageError(f"--config {path}: there is no such file")
+            read_file(path)
     return checked
 
 
@@ -115,15 +124,7 @@ def _readable(error: argparse.ArgumentError, types: dict[str, Any]) -> str:
     if report is None:
         return re.sub(r'^Parser key "(\w+)":', r"--\1:", text)
     name, value = report.groups()
-    return f"--{name.replace('_', '-')} takes {_describe(types[name])}, not {value}"
-
-
-def _describe(kind: Any) -> str:
-    """Say what values an option takes."""
-    if get_origin(kind) is Literal:
-        return " or ".join(map(str, get_args(kind)))
-    plain = next((part for part in get_args(kind) if part is not type(None)), kind)
-    return {int: "a whole number", float: "a number"}.get(plain, "text")
+    return f"--{name.replace('_', '-')} takes {describe(types[name])}, not {value}"
 
 
 class _HelpFormatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):

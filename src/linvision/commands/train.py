@@ -1,13 +1,15 @@
 """The command ``linvision train``."""
 
+import os
 from argparse import ArgumentParser
 from dataclasses import dataclass, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from linvision.errors import RunError, UsageError
+from linvision.errors import UsageError
 from linvision.interruption import Interruption, interruptible
 from linvision.recipes import Recipe, load_recipe, recipe_for
+from linvision.records import read_record
 from linvision.tasks import get_task
 from linvision.training.settings import MACHINE, RunOptions, Settings, check_ranges
 
@@ -18,7 +20,7 @@ CONFIG = True
 
 
 GROUPS = {
-    "data and model": "data data_root recipe task model img_size pretrained checkpoint drop_head",
+    "data and model": "data data_root recipe task model model_kwargs img_size pretrained checkpoint drop_head",
     "run": "out resume overwrite seed",
     "optimisation": "epochs batch_size opt lr weight_decay warmup_epochs layer_decay clip_grad ema",
     "regularisation": "loss label_smoothing drop_path mixup cutmix",
@@ -97,7 +99,7 @@ def shown_defaults(arguments: list[str]) -> dict[str, str]:
     parser.add_argument("--recipe")
     chosen, _ = parser.parse_known_args(arguments)
     recipe = _recipe_of(chosen.data, chosen.recipe)
-    values = {name: value for name, value in vars(recipe.settings).items() if value not in (None, "")}
+    values = {name: value for name, value in vars(recipe.settings).items() if value not in (None, "", {})}
     return {
         name: f"recipe {recipe.name}: {value:g}" if isinstance(value, float) else f"recipe {recipe.name}: {value}"
         for name, value in values.items()
@@ -106,6 +108,7 @@ def shown_defaults(arguments: list[str]) -> dict[str, str]:
 
 def run(options: Options) -> int:
     """Run ``linvision train``."""
+    _one_process()
     with interruptible() as interruption:
         if options.resume is not None:
             _resume(options, interruption)
@@ -114,19 +117,28 @@ def run(options: Options) -> int:
     return 0
 
 
+def _one_process() -> None:
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise UsageError(
+            f"WORLD_SIZE={processes}: linvision trains in one process so far; start it without torchrun, or in an "
+            "environment without WORLD_SIZE"
+        )
+
+
 def _start(options: Options, interruption: Interruption) -> None:
     options = options.resolved()
     settings = options.settings()
     task = get_task(settings.task)
     from linvision.training.engine import run_training
     from linvision.training.plan import prepare
-    from linvision.training.run_folder import check_out, create_run_folder
+    from linvision.training.run_folder import check_out, new_run
 
     check_out(options)
     plan = prepare(task, options.run_options(), settings, given=options.changed())
-    folder = create_run_folder(plan.options, plan.settings.model)
-    folder.save_config({"recipe": options.recipe, **plan.config()})
-    run_training(plan, folder, interruption)
+    with new_run(plan.options, plan.settings.model) as folder:
+        folder.save_config({"recipe": options.recipe, **plan.config()})
+        run_training(plan, folder, interruption)
 
 
 def _resume(options: Options, interruption: Interruption) -> None:
@@ -137,9 +149,14 @@ def _resume(options: Options, interruption: Interruption) -> None:
     folder = RunFolder(Path(options.resume or ""))
     options = resumed_options(options, folder.load_config(), str(folder.path / "config.yaml"))
     settings = options.settings()
-    folder.tidy()
-    plan = prepare(get_task(settings.task), options.run_options(), settings, fresh=not folder.state.is_file())
-    run_training(plan, folder, interruption)
+    with folder.locked():
+        folder.tidy()
+        plan = prepare(get_task(settings.task), options.run_options(), settings, fresh=not folder.has_state())
+        if folder.has_card():
+            card = folder.load_card()
+            card.check_same_data(plan.card())
+            plan = replace(plan, start=card.start)
+        run_training(plan, folder, interruption)
 
 
 def resumed_options(options: Options, config: dict[str, Any], where: str) -> Options:
@@ -153,8 +170,5 @@ def resumed_options(options: Options, config: dict[str, Any], where: str) -> Opt
     if unwanted:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in unwanted)
         raise UsageError(f"--resume continues a run as it was configured: leave out {names}, or start a new run")
-    try:
-        stored = Options(**config)
-    except TypeError as error:
-        raise RunError(f"{where} is damaged: {error}") from error
+    stored = read_record(Options, config, where)
     return replace(stored, **{name: getattr(options, name) for name in options.given() if name in MACHINE})

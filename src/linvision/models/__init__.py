@@ -3,10 +3,11 @@
 from linvision.models.checkpoints import load_state_dict
 from linvision.models.deit3.model import DeiT3
 from linvision.models.forms import use_forms
-from linvision.models.hub import push_to_hub, save_pretrained
+from linvision.models.hub import architecture_of, push_to_hub, save_pretrained
 from linvision.models.l2vit.model import L2ViT
 from linvision.models.recompute import set_checkpointing
 from linvision.models.registry import (
+    SOURCES,
     ModelDescription,
     create_model,
     describe,
@@ -21,12 +22,14 @@ from linvision.models.vil.model import VisionLSTM, VisionLSTM2
 from linvision.models.vim.model import VisionMamba
 
 __all__ = [
+    "SOURCES",
     "DeiT3",
     "L2ViT",
     "ModelDescription",
     "VisionLSTM",
     "VisionLSTM2",
     "VisionMamba",
+    "architecture_of",
     "create_model",
     "describe",
     "list_models",

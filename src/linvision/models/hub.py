@@ -5,8 +5,8 @@ from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from timm.models import push_to_hf_hub
-from timm.models._hub import save_for_hf
+from timm.models import load_model_config_from_hf, push_to_hf_hub
+from timm.models._hub import load_model_config_from_path, save_for_hf
 from torch import nn
 
 from linvision.errors import CheckpointError, DownloadError
@@ -48,6 +48,28 @@ def fetch_from_hub(
             return tried[0]
     found = ", ".join(path.name for path in tried) or "no weight files"
     raise DownloadError(f"{repo_id} holds {found}: download the right one and pass its path as checkpoint_path")
+
+
+def architecture_of(source: str) -> tuple[str, dict[str, Any]]:
+    """Return the registered name of a shared model, and the arguments that its constructor got.
+
+    Args:
+        source: "hf-hub:owner/name" or "local-dir:folder".
+
+    Raises:
+        CheckpointError: its config.json is missing or damaged.
+        DownloadError: it cannot be fetched.
+    """
+    kind, _, place = source.partition(":")
+    load = load_model_config_from_hf if kind == "hf-hub" else load_model_config_from_path
+    try:
+        _, name, model_kwargs = load(place)
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise DownloadError(f"could not get {source}: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{source} has no sound config.json: {error}") from error
+    own = {"num_classes", "drop_head", "ema"}  # what every caller says for itself
+    return name, {key: value for key, value in (model_kwargs or {}).items() if key not in own}
 
 
 def weights_in(folder: Path) -> Path:

@@ -8,10 +8,10 @@ from typing import Any
 import yaml
 
 from linvision.errors import UnknownNameError, UsageError, did_you_mean
-from linvision.training.settings import Settings, read_settings
+from linvision.records import read_record
+from linvision.training.settings import Settings
 
 FOLDER_RECIPE = "imagefolder"  # of data without a recipe of its own
-ABOUT = ("title", "source", "cost", "promise", "data")
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Recipe:
         source: where the settings come from.
         cost: time and machine.
         promise: expected result, and who measured it.
-        data: the data set that it is the default recipe of; "" for none.
         settings: what the run computes.
+        data: the data set that it is the default recipe of; "" for none.
     """
 
     name: str
@@ -33,8 +33,8 @@ class Recipe:
     source: str
     cost: str
     promise: str
-    data: str
     settings: Settings
+    data: str = ""
 
 
 def recipe_names() -> list[str]:
@@ -59,15 +59,7 @@ def load_recipe(name: str) -> Recipe:
 
 def read_recipe(name: str, content: dict[str, Any]) -> Recipe:
     """Make a recipe of a page's content; errors as for ``load_recipe``."""
-    content = dict(content)
-    missing = [key for key in (*ABOUT[:-1], "settings") if key not in content]
-    if missing:
-        raise UsageError(f"recipe {name} lacks {', '.join(missing)}")
-    settings = read_settings(content.pop("settings"), f"recipe {name}")
-    unknown = [key for key in content if key not in ABOUT]
-    if unknown:
-        raise UsageError(f"recipe {name} has no key {unknown[0]!r}{did_you_mean(unknown[0], (*ABOUT, 'settings'))}")
-    return Recipe(name=name, data=content.pop("data", ""), settings=settings, **content)
+    return read_record(Recipe, {**content, "name": name}, f"recipe {name}", UsageError)
 
 
 def recipe_for(data: str) -> Recipe:

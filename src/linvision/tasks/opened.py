@@ -35,8 +35,8 @@ def open_model(
 def _open_run(run: RunFolder, checkpoint: str | None, img_size: int | None) -> Opened:
     card = run.load_card()
     preprocess = card.preprocess
-    trained_size = size_overrides(card.model, preprocess.size[0])
-    model = create_model(card.model, num_classes=len(card.classes), **trained_size)
+    options = {**card.model_kwargs, **size_overrides(card.model, preprocess.size[0])}
+    model = create_model(card.model, num_classes=len(card.classes), **options)
     load_checkpoint(model, checkpoint or run.weights())
     if img_size is not None:
         preprocess = replace(preprocess, size=(img_size, img_size))

@@ -64,6 +64,7 @@ class Recorder(Callback):
     def __init__(self, run: RunFolder, task: Task):
         self.run, self.task = run, task
         self.rows: list[dict[str, float]] = []
+        self.began = False
         self._started = self._trained = 0.0
         self._images = 0
 
@@ -83,6 +84,10 @@ class Recorder(Callback):
     ) -> None:
         """Read the epochs of the run that is resumed."""
         self.rows = [row for row in read_metrics(self.run.metrics) if row["epoch"] <= checkpoint["epoch"] + 1]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note that the state, if there was one, has been taken up."""
+        self.began = True
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""

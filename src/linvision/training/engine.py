@@ -7,9 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
+from lightning_fabric.plugins.environments import LightningEnvironment
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from linvision.console import duration, notes, output
+from linvision.errors import RunError
 from linvision.interruption import Interruption
 from linvision.training.callbacks import EpochSeed, Obedience, Recorder, read_metrics
 from linvision.training.checkpoints import AtomicCheckpointIO
@@ -18,7 +21,7 @@ from linvision.training.opened import count_parameters
 from linvision.training.plan import Plan
 from linvision.training.progress import Reporter
 from linvision.training.results import finish
-from linvision.training.run_folder import ModelCard, RunFolder
+from linvision.training.run_folder import RunFolder
 from linvision.training.task import Measured
 
 LIGHTNING_PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
@@ -28,8 +31,7 @@ def run_training(plan: Plan, run: RunFolder, interruption: Interruption) -> Meas
     """Train, from where the run's folder stands, and leave the results there."""
     interruption.advice = f"stopped; continue with: linvision train --resume {run.path}"
     task, outputs = plan.task, plan.outputs
-    card = ModelCard(plan.settings.model, outputs, plan.preprocess, plan.options.data, task.name, task.pictures)
-    run.save_card(card)
+    run.save_card(plan.card())
     notes().print(_headline(plan, run), markup=False)
     module = task.module(plan.model, plan.settings, outputs=outputs, steps_per_epoch=len(plan.train))
     recorder = Recorder(run, task)
@@ -42,7 +44,7 @@ def run_training(plan: Plan, run: RunFolder, interruption: Interruption) -> Meas
 
 def fit(module: TrainingModule, plan: Plan, run: RunFolder, recorder: Recorder, interruption: Interruption) -> None:
     """Train, from where the run's folder stands."""
-    resumed = str(run.state) if run.state.is_file() else None
+    resumed = str(run.state) if run.has_state() else None
     steps = len(plan.train)
     logger = TensorBoardLogger(
         run.path,
@@ -63,7 +65,7 @@ def fit(module: TrainingModule, plan: Plan, run: RunFolder, recorder: Recorder, 
             recorder,
             Reporter(recorder, plan.task, plan.settings.epochs),
         ],
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), LightningEnvironment()],  # one process, also inside of a SLURM job of several
         logger=logger,
         log_every_n_steps=min(50, steps),
         num_sanity_val_steps=0,
@@ -73,7 +75,13 @@ def fit(module: TrainingModule, plan: Plan, run: RunFolder, recorder: Recorder, 
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    trainer.fit(module, plan.train, plan.test, ckpt_path=resumed, weights_only=True)
+    try:
+        trainer.fit(module, plan.train, plan.test, ckpt_path=resumed, weights_only=True)
+    except (AttributeError, LookupError, MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
+        if resumed is None or recorder.began or isinstance(error, RunError):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RunError(f"{run.state} is no state of this run: {reason}") from error
 
 
 @contextmanager
@@ -93,7 +101,8 @@ def _without_notices() -> Iterator[None]:
 
 def _headline(plan: Plan, run: RunFolder) -> str:
     return (
-        f"{plan.settings.model}, {count_parameters(plan.model) / 1e6:.2f} M parameters, on {plan.data.name}: "
+        f"{plan.settings.model}, {count_parameters(plan.model) / 1e6:.2f} M parameters, "
+        f"from {plan.start or 'scratch'}, on {plan.data.name}: "
         f"{plan.train.num_images} training and {plan.test.num_images} test images, "
         f"{plan.settings.epochs} epochs on {plan.device}; {run.path}"
     )

@@ -13,9 +13,10 @@ from torch import nn
 from linvision.data import ArrayData, Batches, FolderData, Preprocess
 from linvision.devices import choose_device
 from linvision.errors import CheckpointError, UsageError
-from linvision.models import create_model, resolve_name, set_checkpointing, size_overrides
+from linvision.models import SOURCES, architecture_of, create_model, resolve_name, set_checkpointing, size_overrides
 from linvision.training.module import check_optimizer
 from linvision.training.opened import Opened, check_size
+from linvision.training.run_folder import ModelCard
 from linvision.training.settings import RunOptions, Settings
 from linvision.training.task import Data, Task
 
@@ -37,6 +38,7 @@ class Plan:
     model: nn.Module
     train: Batches
     test: Batches
+    start: str = ""
 
     def unreadable(self) -> dict[str, str]:
         """Return the reason for each image that was skipped so far, by its path."""
@@ -46,6 +48,20 @@ class Plan:
         """Return a trained model, ready for use."""
         name, outputs = self.settings.model, self.outputs
         return Opened(model, name, self.task.name, self.preprocess, outputs, outputs, self.options.data)
+
+    def card(self) -> ModelCard:
+        """Return what it will take to use the run's weights."""
+        return ModelCard(
+            model=self.settings.model,
+            classes=self.outputs,
+            preprocess=self.preprocess,
+            data=self.options.data,
+            task=self.task.name,
+            pictures=self.task.pictures,
+            model_kwargs=self.settings.model_kwargs,
+            start=self.start,
+            images=(self.train.num_images, self.test.num_images),
+        )
 
     def config(self) -> dict[str, Any]:
         """Return what config.yaml holds: settings and options by their names on the command line."""
@@ -67,14 +83,14 @@ def prepare(
     Raises:
         ValueError, OSError, RunError: for whatever is wrong with the options, the data or the weights.
     """
-    settings = replace(settings, model=resolve_name(settings.model))
+    source, settings = _named(settings)
     check_optimizer(settings.opt)
     device = choose_device(options.device, options.precision)
     data = task.open_data(options.data, root=options.data_root)
     _check_changes(given, data)
     pl.seed_everything(options.seed, verbose=False)
     outputs = task.outputs(data)
-    model = _build(options, settings, len(outputs), fresh=fresh)
+    model = _build(source, options, settings, len(outputs), fresh=fresh)
     set_checkpointing(model, options.checkpointing)
     preprocess = _preprocess(model, options, settings, data)
     check_size(model, preprocess)
@@ -94,7 +110,24 @@ def prepare(
         model=model.train(),
         train=data.train_batches(preprocess, settings, seed=options.seed, **batches),
         test=data.test_batches(preprocess, **batches),
+        start=_start(source, options, settings),
     )
+
+
+def _named(settings: Settings) -> tuple[str, Settings]:
+    """Return what the model is to be created by, and the settings that do without it once it has been."""
+    source = resolve_name(settings.model)
+    if not source.startswith(SOURCES):
+        return source, replace(settings, model=source)
+    model, model_kwargs = architecture_of(source)
+    return source, replace(settings, model=model, model_kwargs={**model_kwargs, **settings.model_kwargs})
+
+
+def _start(source: str, options: RunOptions, settings: Settings) -> str:
+    """Name the weights that training starts from."""
+    if source != settings.model:
+        return source
+    return options.checkpoint or ("published weights" if options.pretrained else "")
 
 
 def _check_changes(given: Sequence[str], data: Data) -> None:
@@ -106,16 +139,14 @@ def _check_changes(given: Sequence[str], data: Data) -> None:
             raise UsageError(f"--{name.replace('_', '-')} is for {kind}: it has no effect on {data.name}")
 
 
-def _build(options: RunOptions, settings: Settings, num_outputs: int, *, fresh: bool) -> nn.Module:
-    overrides: dict[str, Any] = size_overrides(settings.model, settings.img_size)
+def _build(source: str, options: RunOptions, settings: Settings, num_outputs: int, *, fresh: bool) -> nn.Module:
+    overrides: dict[str, Any] = {**settings.model_kwargs, **size_overrides(settings.model, settings.img_size)}
     if settings.drop_path:
         overrides["drop_path_rate"] = settings.drop_path
     if fresh and options.checkpoint:
         overrides |= {"checkpoint_path": options.checkpoint, "drop_head": options.drop_head}
     try:
-        return create_model(
-            settings.model, pretrained=fresh and options.pretrained, num_classes=num_outputs, **overrides
-        )
+        return create_model(source, pretrained=fresh and options.pretrained, num_classes=num_outputs, **overrides)
     except CheckpointError as error:
         raise CheckpointError(str(error).replace("drop_head=True", "--drop-head")) from error
 

@@ -11,18 +11,22 @@ curves.png, and the task's own pictures
 summary.json             the result, and what it was reached with
 """
 
-import json
+import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from linvision.data import Preprocess
 from linvision.errors import RunError, UsageError
 from linvision.files import write_json, write_text
+from linvision.records import read_file, read_record
 from linvision.training.settings import RunOptions
 
 FILES = (
@@ -35,6 +39,8 @@ FILES = (
     "curves.png",
     "summary.json",
 )
+LOCK = ".lock"
+SECONDS_OF_ORPHANS = 6.0  # loader workers of a killed run hold on to its lock until they notice
 # What concerns the place of a run and not its content.
 PLACE = ("out", "resume", "overwrite")
 
@@ -50,6 +56,9 @@ class ModelCard:
         data: name or path of the data set that it learnt.
         task: what it learnt.
         pictures: files that the task draws into the run's folder.
+        model_kwargs: arguments of the model's constructor.
+        start: the weights that training started from; empty for none.
+        images: how many there were to train on and to measure on; none in runs from before they were counted.
     """
 
     model: str
@@ -58,6 +67,30 @@ class ModelCard:
     data: str
     task: str = "classify"  # the first there was: runs from before there were others do not name it
     pictures: tuple[str, ...] = ("predictions.png", "confusion_matrix.png")
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    start: str = ""
+    images: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.classes:
+            raise ValueError("classes are missing")
+
+    def check_same_data(self, now: "ModelCard") -> None:
+        """Compare with the card that the run would get now.
+
+        Raises:
+            UsageError: classes or images have come, gone or changed their names since the run began.
+        """
+        changes = []
+        for what, old, new in (("outputs", self.classes, now.classes), ("images", self.images, now.images)):
+            gone, come = (tuple(x for x in a if x not in b) for a, b in ((old, new), (new, old)))
+            if old and old != new:
+                changes.append(f"{what} were {_list(gone or old)} and are {_list(come or new)}")
+        if changes:
+            raise UsageError(
+                f"{now.data} has changed since the run began: {'; '.join(changes)}; put the data back as it was, "
+                "or start a new run"
+            )
 
 
 @dataclass(frozen=True)
@@ -90,6 +123,24 @@ class RunFolder:
         """Tell whether there is a run here."""
         return (self.path / "config.yaml").is_file()
 
+    def has_state(self) -> bool:
+        """Tell whether there is a training state to go on from.
+
+        Raises:
+            RunError: there is something else in its place, or it is gone though epochs have ended.
+        """
+        if self.state.is_file():
+            return True
+        if os.path.lexists(self.state):
+            raise RunError(f"{self.state} is no regular file: the run cannot go on from it")
+        # The state comes last in an epoch, so that a run killed in its first has weights and a line, and no state.
+        if self.metrics.is_file() and len(self.metrics.read_text(encoding="utf-8").splitlines()) > 2:
+            raise RunError(
+                f"{self.state} is gone, so that the run cannot go on where it ended; start a new one from its weights "
+                f"with --checkpoint {self.last}"
+            )
+        return False
+
     def save_config(self, options: dict[str, Any]) -> None:
         """Write config.yaml."""
         content = {key: value for key, value in options.items() if key not in PLACE}
@@ -104,10 +155,7 @@ class RunFolder:
         """
         if not self.exists():
             raise UsageError(f"{self.path} holds no run: it has no config.yaml")
-        try:
-            content = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RunError(f"{self.path / 'config.yaml'} is damaged: {str(error).splitlines()[0]}") from error
+        content = read_file(self.path / "config.yaml")
         if not isinstance(content, dict):
             raise RunError(f"{self.path / 'config.yaml'} is damaged: it holds no options")
         return content
@@ -115,6 +163,10 @@ class RunFolder:
     def save_card(self, card: ModelCard) -> None:
         """Write model.json."""
         write_json(self.path / "model.json", asdict(card))
+
+    def has_card(self) -> bool:
+        """Tell whether the run has come to its first step."""
+        return os.path.lexists(self.path / "model.json")
 
     def load_card(self) -> ModelCard:
         """Read model.json.
@@ -124,15 +176,9 @@ class RunFolder:
             RunError: the file is damaged.
         """
         path = self.path / "model.json"
-        if not path.is_file():
+        if not self.has_card():
             raise UsageError(f"{self.path} holds no run: it has no model.json")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            preprocess = {key: _frozen(value) for key, value in content.pop("preprocess").items()}
-            content = {key: _frozen(value) for key, value in content.items()}
-            return ModelCard(**content, preprocess=Preprocess(**preprocess))
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{path} is damaged: {error}") from error
+        return read_record(ModelCard, read_file(path), str(path))
 
     def weights(self) -> Path:
         """Return the file of the best weights, or of the last ones where no epoch has been the best.
@@ -156,6 +202,32 @@ class RunFolder:
         for path in self.path.glob(".*.tmp"):
             path.unlink(missing_ok=True)
 
+    def foreign(self) -> list[str]:
+        """List what is here and was not written by a run."""
+        ours = {*FILES, LOCK, "tensorboard"}
+        return sorted(
+            path.name for path in self.path.iterdir() if path.name not in ours and not path.match(".*.tmp")
+        )  # fmt: skip
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out of the folder; the system takes the lock away when this one ends, however it does.
+
+        Raises:
+            UsageError: another process is at work here.
+        """
+        lock = FileLock(self.path / LOCK)
+        try:
+            lock.acquire(timeout=SECONDS_OF_ORPHANS)
+        except Timeout as error:
+            raise UsageError(
+                f"{self.path} is in use by another process: wait until that ends, or choose another --out"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
     def clear(self) -> None:
         """Remove everything that a run writes, and nothing else."""
         self.tidy()
@@ -164,33 +236,39 @@ class RunFolder:
         shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
 
 
-def create_run_folder(options: RunOptions, model: str) -> RunFolder:
-    """Create the folder that the options ask for, or the next free one.
-
-    Raises:
-        UsageError: it exists and may not be replaced.
-    """
-    if options.out is None:
-        return _next_free(Path("runs"), f"{_slug(model)}-{_slug(Path(options.data).name)}")
-    check_out(options)
-    run = RunFolder(Path(options.out))
-    run.path.mkdir(parents=True, exist_ok=True)
-    run.clear()
-    return run
-
-
 def check_out(options: RunOptions) -> None:
-    """Raise UsageError where create_run_folder would."""
+    """Raise UsageError where the folder that the options ask for may not be written to."""
     if options.out is None:
         if options.overwrite:
             raise UsageError("--overwrite needs --out RUN_DIR, the run to replace")
         return
     run = RunFolder(Path(options.out))
-    if run.path.exists() and not options.overwrite:
-        resume = f" continue it with --resume {run.path}," if run.exists() else ""
-        raise UsageError(f"{run.path} exists already:{resume} replace it with --overwrite, or choose another --out")
-    if run.path.exists() and not run.exists():
-        raise UsageError(f"{run.path} holds no run, so --overwrite does not touch it: choose another --out")
+    if run.exists() and not options.overwrite:
+        raise UsageError(
+            f"{run.path} exists already: continue it with --resume {run.path}, replace it with --overwrite, "
+            "or choose another --out"
+        )
+    if run.path.exists() and not run.exists() and run.foreign():
+        raise UsageError(
+            f"{run.path} exists already and holds {run.foreign()[0]}, which is no part of a run: it is left as it is, "
+            "choose another --out"
+        )
+
+
+@contextmanager
+def new_run(options: RunOptions, model: str) -> Iterator[RunFolder]:
+    """Create the folder that the options ask for, or the next free one, and keep other processes out of it.
+
+    Raises:
+        UsageError: it may not be replaced, or another process writes to it.
+    """
+    check_out(options)
+    stem = f"{_slug(model)}-{_slug(Path(options.data).name)}"
+    run = RunFolder(Path(options.out)) if options.out else _next_free(Path("runs"), stem)
+    run.path.mkdir(parents=True, exist_ok=True)
+    with run.locked():
+        run.clear()
+        yield run
 
 
 def _next_free(parent: Path, stem: str) -> RunFolder:
@@ -209,5 +287,5 @@ def _slug(name: str) -> str:
     return re.sub(r"[^\w.+-]+", "_", name)
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _list(values: tuple[Any, ...], most: int = 5) -> str:
+    return ", ".join(map(str, values[:most])) + (", ..." if len(values) > most else "")

@@ -1,12 +1,11 @@
 """The settings of a training run, as recipes and the command line give them; no torch needed."""
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from linvision.devices import Checkpointing, Device, Precision
-from linvision.errors import UsageError, did_you_mean
+from linvision.errors import UsageError
 
 Border = Literal["zeros", "reflection"]
 Loss = Literal["cross-entropy", "bce"]
@@ -19,6 +18,7 @@ class Settings:
     Attributes:
         task: what to learn
         model: name of the model, one of linvision's or timm's
+        model_kwargs: further arguments of the model's constructor, as JSON
         img_size: side of the input in pixels; default the model's own
         epochs: passes over the training images
         batch_size: images in a step
@@ -48,6 +48,7 @@ class Settings:
 
     task: str = "classify"
     model: str
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
     img_size: int | None = None
     epochs: int
     batch_size: int
@@ -80,25 +81,6 @@ class Settings:
             raise UsageError(f"--batch-size {self.batch_size} must be even: mixup and cutmix pair the images")
 
 
-def read_settings(content: Mapping[str, Any], where: str) -> Settings:
-    """Make settings of the keys and values of a page.
-
-    Raises:
-        UsageError: naming ``where``: an unknown key, with the nearest known one, a missing one, a value of another
-            type.
-    """
-    types = get_type_hints(Settings)
-    for key, value in content.items():
-        if key not in types:
-            raise UsageError(f"{where} has no setting {key!r}{did_you_mean(str(key), types)}")
-        if not _fits(value, types[key]):
-            raise UsageError(f"{where}: {key} cannot be {value!r}")
-    missing = [field.name for field in fields(Settings) if field.default is MISSING and field.name not in content]
-    if missing:
-        raise UsageError(f"{where} lacks {', '.join(missing)}")
-    return Settings(**content)
-
-
 def check_ranges(values: Mapping[str, Any]) -> None:
     """Raise UsageError for the first value that is out of its range; names that are not settings are passed over."""
     for names, holds, needed in RANGES:
@@ -106,16 +88,6 @@ def check_ranges(values: Mapping[str, Any]) -> None:
             value = values.get(name)
             if value is not None and not holds(value):
                 raise UsageError(f"--{name.replace('_', '-')} {value} is out of range: it must be {needed}")
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if isinstance(kind, UnionType):
-        return any(_fits(value, part) for part in get_args(kind))
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
 
 
 RANGES = (
