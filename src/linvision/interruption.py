@@ -1,8 +1,8 @@
 """SIGINT (Ctrl-C) and SIGTERM end a run in order: after the step that must not be cut in two, or at once.
 
 A handler must not raise. Python drops what it raises inside a finaliser, and the run goes on; raised at the end of a
-``with lock``, it leaves the lock held, and the end in order waits for it for ever. So a handler takes note, for ``obey``
-to raise between two steps, or ends the process on the spot.
+``with lock``, it leaves the lock held, and the end in order waits for it for ever. So a handler takes note, for
+``obey`` to raise between two steps, or ends the process on the spot.
 """
 
 import os

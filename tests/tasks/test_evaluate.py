@@ -127,4 +127,4 @@ def test_damaged_model_card_and_missing_weights(finished, tmp_path, capfd):
     assert "has no weights yet" in capfd.readouterr().err
     (run / "model.json").write_text('{"model": 3}')
     assert main(["eval", "--model", str(run)]) == 1
-    assert "model.json is damaged" in capfd.readouterr().err
+    assert "model.json: model takes text, not 3" in capfd.readouterr().err

@@ -125,7 +125,6 @@ def test_resumed_run_equals_an_uninterrupted_one(data, workers, colours, tmp_pat
 def test_run_that_stopped_in_its_first_epoch_resumes(finished, colours, tmp_path, monkeypatch, capfd):
     def interrupted(self, batch, batch_idx):
         signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Classifier, "training_step", interrupted)
     out = tmp_path / "run"
