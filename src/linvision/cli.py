@@ -11,7 +11,7 @@ from importlib import import_module
 
 from linvision import __version__
 from linvision.commands import COMMANDS
-from linvision.errors import BackendError, RunError, UsageError, exit_code
+from linvision.errors import BackendError, RunError, UsageError, exit_code, printable
 
 # What the extra "train" brings.
 EXTRA = {
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _failures() as error:
         if os.environ.get("LINVISION_TRACEBACK"):
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = printable(" ".join(str(error).split())) or type(error).__name__
         sys.stderr.write(f"linvision: error: {message}\n")
         return exit_code(error)
 

@@ -7,23 +7,36 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import track
+from rich.text import Text
+
+from linvision.errors import printable
 
 Item = TypeVar("Item")
 
 
+class _Console(Console):
+    """Shows control characters, and what the stream's encoding lacks, as escapes: they come with names of files."""
+
+    def render_str(self, text: str, **style: Any) -> Text:
+        """Make rich's text of a string."""
+        text = printable(text, keep="\n").encode(self.encoding, "backslashreplace").decode(self.encoding)
+        return super().render_str(text, **style)
+
+
 def output() -> Console:
     """Return the console of results. Away from a terminal nothing is cut or folded to a screen's width."""
-    return Console(width=None if sys.stdout.isatty() else 1000, highlight=False, soft_wrap=not sys.stdout.isatty())
+    return _Console(width=None if sys.stdout.isatty() else 1000, highlight=False, soft_wrap=not sys.stdout.isatty())
 
 
 def notes() -> Console:
     """Return the console of progress and warnings, which leaves stdout to the results."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return _Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def write_json(content: Any) -> None:
-    """Write a result for another program to read."""
-    sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    r"""Write a result for another program to read; bytes of names that are no UTF-8 as ``\udce9``."""
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    sys.stdout.write(text.encode("utf-8", "backslashreplace").decode() + "\n")
 
 
 def with_bar(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:

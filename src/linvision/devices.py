@@ -1,5 +1,7 @@
 """Where commands compute and how: the words for it, the choice of a device, for which torch is imported, its name."""
 
+import math
+import os
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -36,6 +38,17 @@ def autocast_dtype(precision: Precision) -> "torch.dtype | None":
     import torch
 
     return {"32": None, "bf16": torch.bfloat16, "16": torch.float16}[precision]
+
+
+def available_cpus() -> int:
+    """Count the CPUs that this process may use: those it is bound to (taskset, SLURM), within the container's quota."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        bound = min(bound, max(1, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # no control group, or "max"
+        pass
+    return bound
 
 
 def cpu_name() -> str:

@@ -1,9 +1,10 @@
-"""Every error class of the package, each with the exit code of a command that ends by it; and words for near misses.
+"""Every error class of the package, each with the exit code of a command that ends by it; near misses and odd names.
 
 A user's mistake, which another request would mend, ends with 2; a sound request that failed on the way with 1.
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -70,3 +71,21 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     if not near:
         return ""
     return f"; did you mean {', '.join(near[:-1])}{' or ' if near[1:] else ''}{near[-1]}?"
+
+
+# Control characters, what turns the direction of writing, and the bytes of names that are no UTF-8.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(name: object, *, keep: str = "") -> str:
+    r"""Return a name or path with what harms terminals and files written as ``\x1b`` or ``\u202e``; ``keep`` stays."""
+
+    def escape(match: re.Match[str]) -> str:
+        character = match[0]
+        if character in keep:
+            return character
+        code = ord(character)
+        code -= 0xDC00 * (0xDC80 <= code <= 0xDCFF)  # Python's stand-ins for bytes
+        return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+    return _UNPRINTABLE.sub(escape, str(name))

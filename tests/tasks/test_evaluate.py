@@ -11,17 +11,11 @@ from torch.nn.functional import cross_entropy
 from linvision import create_model
 from linvision.cli import main
 from linvision.data import Preprocess, open_test_data
-from linvision.errors import UsageError
 from linvision.files import write_weights
-from linvision.tasks.classify import classify, match_labels
-from linvision.training.opened import Opened
+from linvision.tasks.classify import classify
 from tests.data.samples import truncate, write_folder, write_image
 
 CPU = torch.device("cpu")
-
-
-def opened(labels: tuple[str, ...], data: str = "") -> Opened:
-    return Opened(nn.Identity(), "model", "classify", Preprocess((8, 8), (0.5,) * 3, (0.5,) * 3), labels, labels, data)
 
 
 def test_figures_are_those_of_the_definitions(colours):
@@ -41,16 +35,6 @@ def test_figures_are_those_of_the_definitions(colours):
     confusion = measured.confusion(9)
     assert confusion.sum(dim=1).tolist() == [3, 3, 0, 0, 0, 0, 0, 0, 0]
     assert confusion.diagonal().sum() == (measured.predictions == labels).sum()
-
-
-def test_labels_are_matched_by_name_and_then_by_number():
-    assert match_labels(("b", "a"), opened(("a", "b", "c")), "x").tolist() == [1, 0]
-    assert match_labels(("x", "y"), opened(("a", "b")), "x").tolist() == [0, 1]
-    assert match_labels(tuple(sorted(map(str, range(11)))), opened(tuple("abcdefghijk")), "x").tolist()[1:3] == [1, 10]
-    with pytest.raises(UsageError, match="has 2 classes but model tells 3 others apart: it does not know x"):
-        match_labels(("a", "x"), opened(("a", "b", "c")), "photos")
-    with pytest.raises(UsageError, match="does not know x, y"):
-        match_labels(("x", "y"), opened(("a", "b"), data="digits"), "photos")
 
 
 def test_a_run_on_its_own_data(finished, capfd):

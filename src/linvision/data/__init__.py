@@ -5,16 +5,20 @@ from linvision.data.augment import Augment, Changes, augment
 from linvision.data.batches import Batches
 from linvision.data.catalog import DATASETS, open_data, open_test_data
 from linvision.data.folders import FolderData
-from linvision.data.images import Preprocess, find_images, open_image
+from linvision.data.images import MAX_PIXELS, find_images, open_image
+from linvision.data.preprocess import Preprocess
+from linvision.errors import UnreadableImageError
 
 __all__ = [
     "DATASETS",
+    "MAX_PIXELS",
     "ArrayData",
     "Augment",
     "Batches",
     "Changes",
     "FolderData",
     "Preprocess",
+    "UnreadableImageError",
     "augment",
     "find_images",
     "open_data",

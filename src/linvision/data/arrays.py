@@ -18,7 +18,7 @@ from torch import Tensor
 
 from linvision.data.augment import Augment, Changes
 from linvision.data.batches import ArrayBatches
-from linvision.data.images import Preprocess
+from linvision.data.preprocess import Preprocess
 from linvision.errors import RunError
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from linvision.data.augment import Augment, augment
-from linvision.data.images import Preprocess
+from linvision.data.preprocess import Preprocess
 
 
 class Batches(ABC):
     """A repeatable pass over images, in ``len(self)`` batches of inputs (B, 3, H, W) and labels (B,).
 
     Attributes:
-        num_images: images in one pass.
+        num_images: images that there are. A pass in training may leave one out (``leave_out_last``).
         epoch: the pass that the next iteration makes; it decides the order and the random changes.
         unreadable: the reason for each file that was skipped so far, by its path.
     """
@@ -54,12 +54,12 @@ class ArrayBatches(Batches):
         self.seed = seed
         self.unreadable = {}
         self.batch_size = min(batch_size, len(labels))
-        self.num_images = len(labels) if seed is None else len(self) * self.batch_size
+        self.num_images = len(labels)
 
     def __len__(self) -> int:
-        """Count the batches: with a seed, so in training, all are full and the rest is left out."""
-        full, rest = divmod(len(self.labels), self.batch_size)
-        return full if self.seed is not None else full + bool(rest)
+        """Count the batches of one pass."""
+        left_out = self.seed is not None and leave_out_last(len(self.labels), self.batch_size)
+        return -(-len(self.labels) // self.batch_size) - left_out
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the images in order, or shuffled and changed if there is a seed."""
@@ -73,6 +73,15 @@ class ArrayBatches(Batches):
             if self.augmentation is not None:
                 images = augment(images, self.augmentation, generator=generator)
             yield self.preprocess.normalise(images), self.labels[chosen]
+
+
+def leave_out_last(images: int, batch_size: int) -> bool:
+    """Say whether the last batch of a pass in training is left out, which it is if it would be of a single image.
+
+    A batch norm cannot be trained on one image, and mixup has no partner for it. The order of each pass is another, so
+    that the image is, too.
+    """
+    return batch_size > 1 and images % batch_size == 1
 
 
 def epoch_seed(seed: int, epoch: int) -> int:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,8 +17,8 @@ from torch.nn.functional import cross_entropy
 from linvision.console import with_bar
 from linvision.data import Batches
 from linvision.devices import Precision, autocast_dtype
-from linvision.errors import UsageError
 from linvision.tasks.classifier import Classifier
+from linvision.tasks.labels import imagenet_part, match_labels, unique
 from linvision.tasks.pictures import choose_examples, draw_confusion, draw_predictions
 from linvision.training.opened import Opened
 from linvision.training.settings import Settings
@@ -27,10 +27,14 @@ from linvision.training.task import Curve, Data, Measured, Task, take
 
 @dataclass(frozen=True)
 class Classified(Measured):
-    """The outcome of a pass over test images, in their order: figures "top1", "top5" and "loss"."""
+    """The outcome of a pass over test images, in their order: figures "top1", "top5" and "loss".
+
+    Where not all of the model's outputs are ranked, "ranked_classes" is their number and ``part`` what they are of.
+    """
 
     predictions: Tensor
     labels: Tensor
+    part: str = ""
 
     def confusion(self, num_classes: int) -> Tensor:
         """Count images by label (rows) and prediction (columns)."""
@@ -59,7 +63,7 @@ class Classification(Task):
             return numbers, numbers
         info = ImageNetInfo(subset)
         labels = tuple(info.label_names())
-        return labels, tuple(info.index_to_description(index) for index in range(len(labels)))
+        return labels, unique([info.index_to_description(index) for index in range(len(labels))], labels)
 
     def module(
         self, model: nn.Module, settings: Settings, *, outputs: tuple[str, ...], steps_per_epoch: int
@@ -70,9 +74,17 @@ class Classification(Task):
     def measure(
         self, opened: Opened, batches: Batches, *, data: Data, device: torch.device, precision: Precision
     ) -> Classified:
-        """Classify all images and compare with their classes, told by equal names."""
+        """Classify all images and compare with their classes, told by their names (``match_labels``).
+
+        On ImageNet-A and -R a model of ImageNet's classes ranks those that are there, as is the custom.
+        """
         label_map = match_labels(data.classes, opened, data.name)
-        return classify(opened.model, batches, device=device, precision=precision, label_map=label_map)
+        part = imagenet_part(label_map, opened)
+        ranked = label_map if part else None
+        measured = classify(
+            opened.model, batches, device=device, precision=precision, label_map=label_map, ranked=ranked
+        )
+        return replace(measured, part=part)
 
     def format(self, column: str, value: float) -> str:
         """Write losses as they are, accuracies in percent."""
@@ -89,7 +101,9 @@ class Classification(Task):
     def eval_line(self, measured: Measured) -> str:
         """Summarise a measurement."""
         top1, top5, loss = (measured.figures[name] for name in ("top1", "top5", "loss"))
-        return f"top-1 {top1:.2%}, top-5 {top5:.2%}, loss {loss:.4f}"
+        part = cast(Classified, measured).part
+        among = f" among the {measured.figures['ranked_classes']:.0f} classes of {part}" if part else ""
+        return f"top-1 {top1:.2%}, top-5 {top5:.2%}, loss {loss:.4f}{among}"
 
     def by_class(self, measured: Measured, opened: Opened) -> tuple[dict[str, dict[str, float]], Table]:
         """Return the number of images and the accuracy of each class that has any."""
@@ -149,10 +163,12 @@ def classify(
     device: torch.device,
     precision: Precision = "32",
     label_map: Tensor | None = None,
+    ranked: Tensor | None = None,
 ) -> Classified:
     """Classify all of ``batches`` with a model that is in eval mode on ``device``.
 
-    ``label_map`` gives the model's output for each label of the data, where those differ.
+    ``label_map`` gives the model's output for each label of the data, where those differ. ``ranked`` names the outputs
+    that are ranked; default all.
     """
     dtype = autocast_dtype(precision)
     predictions, labels, losses, hits = [], [], [], []
@@ -163,6 +179,8 @@ def classify(
                 continue
             targets = targets if label_map is None else label_map[targets]
             logits = model(inputs.to(device)).float().cpu()
+            if ranked is not None:
+                logits = torch.full_like(logits, -torch.inf).index_copy(1, ranked, logits[:, ranked])
             top5 = logits.topk(min(5, logits.shape[1])).indices
             predictions.append(top5[:, 0])
             labels.append(targets)
@@ -172,29 +190,9 @@ def classify(
     prediction, label = torch.cat(predictions), torch.cat(labels)
     top1 = (prediction == label).float().mean().item()
     figures = {"top1": top1, "top5": _mean(torch.cat(hits)), "loss": _mean(torch.cat(losses))}
+    if ranked is not None:
+        figures["ranked_classes"] = float(len(ranked))
     return Classified(figures, len(label), seconds, prediction, label)
-
-
-def match_labels(classes: tuple[str, ...], opened: Opened, name: str) -> Tensor:
-    """Return the model's output for each class of the data, by equal names.
-
-    For published weights as many folders as there are outputs will do: by their numbers, or in order.
-
-    Raises:
-        UsageError: the classes are not among the model's.
-    """
-    index = {label: output for output, label in enumerate(opened.labels)}
-    if all(label in index for label in classes):
-        return torch.tensor([index[label] for label in classes])
-    if len(classes) == len(index) and not opened.data:
-        numbered = sorted(classes) == sorted(map(str, range(len(classes))))
-        return torch.tensor([int(label) for label in classes]) if numbered else torch.arange(len(classes))
-    unknown = [label for label in classes if label not in index]
-    raise UsageError(
-        f"{name} has {len(classes)} classes but {opened.name} tells {len(opened.labels)} others apart: "
-        f"it does not know {', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}; "
-        f"its first is {opened.labels[0]}"
-    )
 
 
 def _mean(values: Tensor) -> float:

@@ -1,6 +1,5 @@
 """What a training run needs before it starts: data, model and device, everything checked."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from linvision.data import ArrayData, Batches, FolderData, Preprocess
-from linvision.devices import choose_device
+from linvision.devices import available_cpus, choose_device
 from linvision.errors import CheckpointError, UsageError
 from linvision.models import SOURCES, architecture_of, create_model, resolve_name, set_checkpointing, size_overrides
 from linvision.training.module import check_optimizer
@@ -94,7 +93,7 @@ def prepare(
     set_checkpointing(model, options.checkpointing)
     preprocess = _preprocess(model, options, settings, data)
     check_size(model, preprocess)
-    workers = options.workers if options.workers is not None else min(8, os.cpu_count() or 1)
+    workers = options.workers if options.workers is not None else min(8, available_cpus())
     batches = {"batch_size": settings.batch_size, "workers": workers}
     # Absolute, so that the run can be resumed from elsewhere.
     place = str(Path(options.data).expanduser().resolve()) if isinstance(data, FolderData) else options.data

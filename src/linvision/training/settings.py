@@ -126,7 +126,7 @@ class RunOptions:
         precision: numeric precision: 32, bf16 or 16 (16 needs a GPU)
         checkpointing: of activations, which saves memory and changes no result: selective recomputes in the backward
             pass what is cheap (norms, activations, gates, depthwise convolutions), full everything
-        workers: processes that decode images of a folder; default the cores that are there, at most 8
+        workers: processes that decode images of a folder; default the CPUs that may be used, at most 8
         data_root: folder of downloaded data; default $LINVISION_DATA or ~/.cache/linvision
     """
 
