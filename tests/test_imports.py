@@ -11,7 +11,7 @@ TOOLS = {"errors", "console", "files", "devices", "interruption", "records"}  # 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "console": {"errors"},
-    "files": set(),
+    "files": {"console"},
     "interruption": set(),
     "devices": {"errors"},
     "records": {"errors"},

@@ -38,6 +38,10 @@ class RunError(RuntimeError):
     exit_code = 1
 
 
+class WorkerError(RunError):
+    """A process that works for this one was killed."""
+
+
 class UnreadableImageError(RunError):
     """A file that is missing, truncated or no image."""
 

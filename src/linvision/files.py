@@ -1,7 +1,6 @@
 """Files that are either the old ones or the new ones, never half of each."""
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import Any
 
 import safetensors.torch
 from torch import Tensor
+
+from linvision.console import as_json
 
 
 @contextlib.contextmanager
@@ -42,7 +43,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file in one piece."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, as_json(content, indent=2, digits=17) + "\n")
 
 
 def write_weights(path: Path, state_dict: dict[str, Tensor]) -> None:

@@ -113,7 +113,7 @@ def test_an_empty_batch_is_passed_over(mixup):
     module = classifier(nn.Flatten(), mixup=mixup)
     assert module.training_step((torch.empty(0), torch.empty(0, dtype=torch.long)), 0) is None
     module.validation_step((torch.empty(0), torch.empty(0, dtype=torch.long)), 0)
-    assert counted(module.test_top1) == 0
+    assert counted(module.val_top1) == 0
 
 
 def test_recipes_name_every_data_set_and_options_override_them():

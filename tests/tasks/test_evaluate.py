@@ -41,13 +41,14 @@ def test_a_run_on_its_own_data(finished, capfd):
     assert main(["eval", "--model", str(finished), "--json", "--by-class"]) == 0
     result = json.loads(capfd.readouterr().out)
     summary = json.loads((finished / "summary.json").read_text())
-    assert result["top1"] == pytest.approx(summary["best"]["top1"], abs=1e-5)
+    assert result["top1"] == pytest.approx(summary["top1"], abs=1e-5)
     assert result["images"] == 6
     assert set(result["by_class"]) == {"green", "red"}
     assert sum(entry["top1"] * entry["images"] for entry in result["by_class"].values()) == pytest.approx(
         result["top1"] * 6
     )
-    assert {"top5", "loss", "images_per_second", "model", "data"} <= set(result)
+    assert {"precision", "recall", "f1"} <= set(result["by_class"]["red"])
+    assert {"top5", "loss", "f1", "images_per_second", "model", "data"} <= set(result)
 
 
 def test_a_run_on_another_folder_as_text(finished, tmp_path, capfd):

@@ -1,5 +1,6 @@
 """The command ``linvision predict``."""
 
+import csv
 import json
 
 import pytest
@@ -59,9 +60,30 @@ def test_batching_does_not_change_answers(finished, photos, capfd):
 
 def test_table_names_images_and_classes(finished, photos, capfd):
     assert main(["predict", "--model", str(finished), str(photos), "--top-k", "1"]) == 0
-    out = capfd.readouterr().out
-    assert out.count("%") == 3
-    assert "deep/c [1].png" in out
+    lines = [line.split("\t") for line in capfd.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == [str(photos / name) for name in ("a.png", "b.jpg", "deep/c [1].png")]
+    assert all(0.5 <= float(line[-1]) <= 1 for line in lines)
+
+
+def test_lines_of_values_and_of_json(finished, photos, capfd):
+    truncate(photos / "a.png")
+    arguments = ["predict", "--model", str(finished), str(photos), "--top-k", "2", "--workers", "1"]
+    assert main([*arguments, "--csv"]) == 1
+    rows = list(csv.DictReader(capfd.readouterr().out.splitlines()))
+    assert [(row["image"], row["rank"]) for row in rows] == [
+        (str(photos / name), rank) for name in ("b.jpg", "deep/c [1].png") for rank in "12"
+    ]
+    assert all(len(row["probability"]) <= 6 for row in rows)
+    assert main([*arguments, "--jsonl"]) == 1
+    entries = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert ["error" in entry for entry in entries] == [True, False, False]
+
+
+def test_a_table_on_a_terminal(finished, photos, capfd, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["predict", "--model", str(finished), str(photos), "--top-k", "1"]) == 0
+    assert capfd.readouterr().out.count("%") == 3
 
 
 def test_unreadable_images_are_reported_and_the_others_answered(finished, photos, capfd):

@@ -1,6 +1,8 @@
 """Training runs: their folder, resuming, and what goes wrong on the way."""
 
 import json
+import multiprocessing
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -43,18 +45,20 @@ def test_run_folder_is_complete(finished):
 def test_metrics_have_a_line_an_epoch(finished):
     rows = metrics(finished)
     assert [row["epoch"] for row in rows] == ["1", "2"]
-    assert set(rows[0]) == {"epoch", "lr", "train_loss", "train_top1", "test_loss", "test_top1", "test_top5"}
+    assert set(rows[0]) == {"epoch", "lr", "train_loss", "train_top1", "val_loss", "val_top1", "val_top5"}
     assert 0 < float(rows[0]["train_loss"]) < 5
 
 
 def test_summary(finished):
     summary = json.loads((finished / "summary.json").read_text())
     rows = metrics(finished)
-    assert summary["top1"] == pytest.approx(float(rows[-1]["test_top1"]), abs=1e-5)
-    assert summary["loss"] == pytest.approx(float(rows[-1]["test_loss"]), rel=1e-4)
-    assert summary["best"]["top1"] == max(float(row["test_top1"]) for row in rows)
+    best = max(rows, key=lambda row: float(row["val_top1"]))  # the first of equals
+    assert summary["weights"] == f"best.safetensors, epoch {best['epoch']}"
+    assert summary["top1"] == pytest.approx(float(best["val_top1"]), abs=1e-5)
+    assert summary["loss"] == pytest.approx(float(best["val_loss"]), rel=1e-4)
+    assert (summary["measured_on"], summary["start"]) == ("validation", "scratch")
     assert summary["parameters"] == sum(tensor.numel() for tensor in weights(finished).values())
-    assert (summary["epochs"], summary["train_images"], summary["test_images"]) == (2, 12, 6)
+    assert (summary["epochs"], summary["train_images"], summary["validation_images"]) == (2, 12, 6)
     assert {"top5", "seconds", "images_per_second", "seed", "device", "threads", "versions"} <= set(summary)
     assert summary["versions"]["torch"] == torch.__version__
 
@@ -225,7 +229,7 @@ def test_unreadable_images_are_listed_once(tmp_path, capfd):
     assert captured.count("train/red/1.png") == captured.count("val/green/0.png") == 1
     summary = json.loads((out / "summary.json").read_text())
     assert len(summary["unreadable"]) == 2
-    assert summary["test_images"] == 5
+    assert summary["validation_images"] == 5
 
 
 def test_a_line_an_epoch_without_a_terminal(colours, tmp_path, capfd):
@@ -233,10 +237,10 @@ def test_a_line_an_epoch_without_a_terminal(colours, tmp_path, capfd):
     captured = capfd.readouterr()
     lines = [line for line in captured.err.splitlines() if line.startswith("epoch ")]
     assert len(lines) == 2
-    for part in ("epoch 2/2", "loss", "train", "test", "images/s", "left"):
+    for part in ("epoch 2/2", "loss", "train", "val", "images/s", "left"):
         assert part in lines[1]
     assert "\x1b" not in captured.err
-    assert captured.out.startswith("test accuracy")
+    assert captured.out.startswith("validation accuracy")
     assert len(captured.out.splitlines()) == 1
 
 
@@ -265,12 +269,54 @@ def test_models_of_timm_train_at_any_size(colours, tmp_path):
         assert json.loads((out / "model.json").read_text())["preprocess"]["size"] == [int(size)] * 2
 
 
-def test_examples_show_wrong_answers_first_of_all():
-    labels = torch.arange(100) % 10
-    predictions = labels.clone()
-    predictions[:50] = (labels[:50] + 1) % 10
-    chosen = choose_examples(predictions, labels, 30)
+def test_examples_show_mistakes_and_right_answers():
+    wrong = torch.arange(100) < 50
+    chosen = choose_examples(wrong, 30)
     assert len(chosen) == len(chosen.unique()) == 30
-    assert (predictions != labels)[chosen].sum() == 10
+    assert wrong[chosen].sum() == 10
     assert chosen.tolist() == sorted(chosen.tolist())
-    assert len(choose_examples(predictions[:5], labels[:5], 30)) == 5
+    assert len(choose_examples(wrong[:5], 30)) == 5
+
+
+def test_a_test_folder_is_measured_once_and_quoted(tmp_path, capfd):
+    folder = write_folder(tmp_path / "data")
+    shutil.copytree(folder / "val", folder / "test")
+    (folder / "test/red/0.png").unlink()
+    out = tmp_path / "run"
+    assert main(["train", "--data", str(folder), "--out", str(out), *TINY]) == 0
+    assert capfd.readouterr().out.startswith("test accuracy")
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["measured_on"], summary["measured_images"], summary["validation_images"]) == ("test", 5, 6)
+    assert "top1" in summary["validation"]
+
+
+def test_weights_that_give_no_numbers_are_said_to(finished, tmp_path, colours, capfd):
+    run = shutil.copytree(finished, tmp_path / "run")
+    state = weights(run, "best")
+    state["head.weight"][0] = torch.nan
+    files.write_weights(run / "best.safetensors", state)
+    assert main(["eval", "--model", str(run), "--json", "--by-class"]) == 1
+    captured = capfd.readouterr()
+    measured = json.loads(captured.out, parse_constant=pytest.fail)
+    assert (measured["not_numbers"], measured["top1"], measured["loss"]) == (6, 0.0, None)
+    assert "6 of 6 images have outputs that are no numbers" in captured.err
+    image = str(colours / "val/red/0.png")
+    assert main(["predict", "--model", str(run), image, "--json"]) == 1
+    (entry,) = json.loads(capfd.readouterr().out)
+    assert entry == {"image": image, "error": f"{image}: the model's outputs are no numbers (NaN)"}
+
+
+def test_a_killed_worker_is_one_line(colours, tmp_path, monkeypatch, capfd):
+    step = Classifier.training_step
+
+    def kill(self, batch, batch_idx):
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Classifier, "training_step", kill)
+    options = ["--data", str(colours), *TINY, "--batch-size", "2", "--workers", "1"]
+    assert main(["train", *options, "--out", str(tmp_path / "run")]) == 1
+    advice, line = capfd.readouterr().err.splitlines()[-2:]
+    assert "a process that decodes images was killed" in line
+    assert advice.endswith(f"continue with: linvision train --resume {tmp_path / 'run'}")

@@ -49,6 +49,7 @@ def run(options: Options) -> int:
         raise UsageError("eval needs --model: a run folder, or the name of a model with published weights")
     if options.batch_size < 1:
         raise UsageError(f"--batch-size {options.batch_size} is out of range: it must be at least 1")
+    from linvision.data import worker_failures
     from linvision.tasks.opened import open_model
 
     device = choose_device(options.device, options.precision)
@@ -58,7 +59,8 @@ def run(options: Options) -> int:
         raise UsageError("eval needs --data: a folder of images, or a data set's name")
     data = task.open_test_data(name, root=options.data_root)
     batches = data.test_batches(opened.preprocess, batch_size=options.batch_size, workers=options.workers)
-    measured = task.measure(opened, batches, data=data, device=device, precision=options.precision)
+    with worker_failures():
+        measured = task.measure(opened, batches, data=data, device=device, precision=options.precision)
     by_class, table = task.by_class(measured, opened) if options.by_class else ({}, None)
     if options.json:
         result = {
@@ -67,6 +69,7 @@ def run(options: Options) -> int:
             "images": measured.num_images,
             **measured.figures,
             "images_per_second": measured.images_per_second,
+            "not_numbers": measured.not_numbers,
             "skipped": sorted(batches.unreadable),
         }
         write_json(result | ({"by_class": by_class} if options.by_class else {}))
@@ -77,4 +80,6 @@ def run(options: Options) -> int:
             output().print(table)
     for reason in batches.unreadable.values():
         notes().print(f"skipped: {reason}", markup=False)
-    return 0
+    if measured.not_numbers:
+        notes().print(measured.warning(), markup=False)
+    return 1 if measured.not_numbers else 0

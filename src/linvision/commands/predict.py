@@ -1,21 +1,27 @@
 """The command ``linvision predict``: answers for images, files, folders and globs."""
 
-from collections.abc import Iterator
+import csv
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from linvision.console import notes, output, with_bar, write_json
-from linvision.devices import Device, choose_device
-from linvision.errors import UnreadableImageError, UsageError
+from linvision.console import as_json, notes, output, with_bar, write_json
+from linvision.devices import Device, available_cpus, choose_device
+from linvision.errors import UsageError
 from linvision.tasks import get_task
 
 if TYPE_CHECKING:
     import torch
 
     from linvision.training.opened import Opened
+    from linvision.training.task import Task
 
-EXAMPLE = 'linvision predict --model vil2-tiny cat.jpg "holiday/**/*.png"'
+EXAMPLE = """linvision predict --model vil2-tiny cat.jpg "holiday/**/*.png"
+  linvision predict --model runs/photos-1 holiday/ --top-k 1 --csv > holiday.csv"""
+FEW = 64  # images that are decoded before a process for it would have started
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,9 @@ class Options:
         img_size: side of the input in pixels; default the model's own
         batch_size: images in a step
         json: write the result as JSON
+        jsonl: write a JSON object a line, each as soon as it is known
+        csv: write a line of comma-separated values for each class shown, as soon as it is known
+        workers: processes that decode images; default none for few images, else the CPUs that may be used, at most 8
         device: auto takes a GPU if there is one
     """
 
@@ -40,6 +49,9 @@ class Options:
     img_size: int | None = None
     batch_size: int = 16
     json: bool = False
+    jsonl: bool = False
+    csv: bool = False
+    workers: int | None = None
     device: Device = "auto"
 
 
@@ -50,6 +62,10 @@ class Prediction:
     image: str
     answer: dict[str, Any] = field(default_factory=dict)
     error: str = ""
+
+    def entry(self) -> dict[str, Any]:
+        """Return what JSON holds of it."""
+        return {"image": self.image, **(self.answer or {"error": self.error})}
 
 
 def run(options: Options) -> int:
@@ -64,18 +80,48 @@ def run(options: Options) -> int:
 
     device = choose_device(options.device)
     opened = open_model(options.model, checkpoint=options.checkpoint, img_size=options.img_size, device=device)
-    answers = answer(opened, paths, top_k=options.top_k, batch_size=options.batch_size, device=device)
-    predictions = [*with_bar(answers, len(paths), "predicting")]
-    predictions += [Prediction(argument, error=f"no image found at {argument}") for argument in unmatched]
-    answered = [(one.image, one.answer) for one in predictions if not one.error]
-    failures = [one.error for one in predictions if one.error]
-    if options.json:
-        write_json([{"image": one.image, **(one.answer or {"error": one.error})} for one in predictions])
-    elif answered:
-        output().print(get_task(opened.task).answer_table(answered))
+    workers = options.workers if options.workers is not None else _workers(len(paths))
+    found = answer(opened, paths, top_k=options.top_k, batch_size=options.batch_size, workers=workers, device=device)
+    predictions = chain(
+        with_bar(found, len(paths), "predicting"),
+        (Prediction(argument, error=f"no image found at {argument}") for argument in unmatched),
+    )
+    failures = _write(predictions, options, get_task(opened.task))
     for failure in failures:
         notes().print(failure, markup=False)
     return 1 if failures else 0
+
+
+def _workers(num_images: int) -> int:
+    return 0 if num_images < FEW else min(8, available_cpus())
+
+
+def _write(predictions: Iterable[Prediction], options: Options, task: "Task") -> list[str]:
+    """Write the answers in the form that is asked for, and return what went wrong."""
+    if options.json or not (options.jsonl or options.csv or not sys.stdout.isatty()):
+        known = list(predictions)
+        if options.json:
+            write_json([one.entry() for one in known])
+        else:
+            output().print(task.answer_table([(one.image, one.answer) for one in known if not one.error]))
+        return [one.error for one in known if one.error]
+    failures, writer = [], None
+    for one in predictions:
+        if one.error:
+            failures.append(one.error)
+        if options.jsonl:
+            sys.stdout.write(as_json(one.entry()) + "\n")
+            continue
+        for row in task.answer_rows(one.answer) if one.answer else []:
+            row = {"image": one.image, **row}
+            if writer is None:
+                writer = csv.DictWriter(sys.stdout, list(row), dialect="unix" if options.csv else "excel-tab",
+                                        quoting=csv.QUOTE_MINIMAL, lineterminator="\n")  # fmt: skip
+                if options.csv:
+                    writer.writeheader()
+            writer.writerow(row)
+        sys.stdout.flush()
+    return failures
 
 
 def expand(arguments: list[str]) -> tuple[list[Path], list[str]]:
@@ -100,25 +146,27 @@ def expand(arguments: list[str]) -> tuple[list[Path], list[str]]:
 
 
 def answer(
-    opened: "Opened", paths: list[Path], *, top_k: int, batch_size: int, device: "torch.device"
+    opened: "Opened", paths: list[Path], *, top_k: int, batch_size: int, workers: int = 0, device: "torch.device"
 ) -> Iterator[Prediction]:
-    """Yield the answer for each image, in order."""
+    """Yield the answer for each image, in order, decoded by ``workers`` processes (0: in this one)."""
     import torch
+    from torch.utils.data import DataLoader
 
-    from linvision.data import open_image
+    from linvision.data import Decoded, worker_failures
 
     task = get_task(opened.task)
-    for start in range(0, len(paths), batch_size):
-        inputs, failures = {}, {}
-        for path in paths[start : start + batch_size]:
-            try:
-                inputs[path] = opened.preprocess(open_image(path))
-            except UnreadableImageError as error:
-                failures[path] = str(error)
-        answers = {}
-        if inputs:
-            with torch.inference_mode():
-                found = task.answer(opened, torch.stack(list(inputs.values())).to(device), top_k=top_k)
-            answers = dict(zip(inputs, found, strict=True))
-        for path in paths[start : start + batch_size]:
-            yield Prediction(str(path), answers.get(path, {}), failures.get(path, ""))
+    images = Decoded(paths, opened.preprocess)
+    with worker_failures():
+        for batch in DataLoader(images, batch_size=batch_size, num_workers=workers, collate_fn=list):
+            readable = [image for _, image, _ in batch if image is not None]
+            answers = iter(())
+            if readable:
+                with torch.inference_mode():
+                    answers = iter(task.answer(opened, torch.stack(readable).to(device), top_k=top_k))
+            for path, image, error in batch:
+                if image is None:
+                    yield Prediction(path, error=error)
+                    continue
+                found = next(answers)
+                error = "" if found is not None else f"{path}: the model's outputs are no numbers (NaN)"
+                yield Prediction(path, found or {}, error)

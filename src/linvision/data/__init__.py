@@ -2,7 +2,7 @@
 
 from linvision.data.arrays import ArrayData
 from linvision.data.augment import Augment, Changes, augment
-from linvision.data.batches import Batches
+from linvision.data.batches import Batches, Decoded, worker_failures
 from linvision.data.catalog import DATASETS, open_data, open_test_data
 from linvision.data.folders import FolderData
 from linvision.data.images import MAX_PIXELS, find_images, open_image
@@ -16,6 +16,7 @@ __all__ = [
     "Augment",
     "Batches",
     "Changes",
+    "Decoded",
     "FolderData",
     "Preprocess",
     "UnreadableImageError",
@@ -24,4 +25,5 @@ __all__ = [
     "open_data",
     "open_image",
     "open_test_data",
+    "worker_failures",
 ]

@@ -12,7 +12,7 @@ from linvision.training.settings import Settings
 class Classifier(TrainingModule):
     """Trains ``model`` on batches of (inputs, labels) by cross entropy, or as one binary decision a class.
 
-    Logged for each epoch: train_loss, train_top1, test_loss, test_top1, test_top5 (accuracies as fractions; those of
+    Logged for each epoch: train_loss, train_top1, val_loss, val_top1, val_top5 (accuracies as fractions; those of
     training are on the augmented images, mixed ones counted for the larger part).
 
     Args:
@@ -34,8 +34,8 @@ class Classifier(TrainingModule):
                 num_classes=num_classes,
             )
         self.train_top1 = MulticlassAccuracy(num_classes, average="micro")
-        self.test_top1 = MulticlassAccuracy(num_classes, average="micro")
-        self.test_top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes))
+        self.val_top1 = MulticlassAccuracy(num_classes, average="micro")
+        self.val_top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes))
 
     def progress(self) -> str:
         """Say how the epoch goes so far, beside the loss."""
@@ -63,16 +63,16 @@ class Classifier(TrainingModule):
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Measure a batch of test images."""
+        """Measure a batch of validation images."""
         inputs, labels = batch
         if not len(labels):
             return
         logits = self(inputs).float()
-        self.test_top1.update(logits, labels)
-        self.test_top5.update(logits, labels)
-        self.log("test_loss", cross_entropy(logits, labels), batch_size=len(labels))
-        self.log("test_top1", self.test_top1, batch_size=len(labels))
-        self.log("test_top5", self.test_top5, batch_size=len(labels))
+        self.val_top1.update(logits, labels)
+        self.val_top5.update(logits, labels)
+        self.log("val_loss", cross_entropy(logits, labels), batch_size=len(labels))
+        self.log("val_top1", self.val_top1, batch_size=len(labels))
+        self.log("val_top5", self.val_top5, batch_size=len(labels))
 
     def _loss(self, logits: Tensor, targets: Tensor, *, smoothed: bool = False) -> Tensor:
         """Compute the loss of logits (B, classes) for labels (B,) or shares of classes (B, classes)."""

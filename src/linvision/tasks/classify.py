@@ -1,5 +1,6 @@
 """Classification: what it records, how it is measured, and what it draws."""
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -19,26 +20,27 @@ from linvision.data import Batches
 from linvision.devices import Precision, autocast_dtype
 from linvision.tasks.classifier import Classifier
 from linvision.tasks.labels import imagenet_part, match_labels, unique
-from linvision.tasks.pictures import choose_examples, draw_confusion, draw_predictions
+from linvision.tasks.pictures import Examples, choose_examples, draw_confusion, draw_predictions
 from linvision.training.opened import Opened
 from linvision.training.settings import Settings
 from linvision.training.task import Curve, Data, Measured, Task, take
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Classified(Measured):
-    """The outcome of a pass over test images, in their order: figures "top1", "top5" and "loss".
+    """The outcome of a pass over images, in their order: figures "top1", "top5", "f1" (macro) and "loss".
 
     Where not all of the model's outputs are ranked, "ranked_classes" is their number and ``part`` what they are of.
     """
 
     predictions: Tensor
     labels: Tensor
+    probabilities: Tensor
     part: str = ""
 
     def confusion(self, num_classes: int) -> Tensor:
-        """Count images by label (rows) and prediction (columns)."""
-        cells = self.labels * num_classes + self.predictions
+        """Count images by label (rows) and prediction (columns), those without a prediction left out."""
+        cells = (self.labels * num_classes + self.predictions)[self.predictions >= 0]
         return torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
 
 
@@ -46,8 +48,8 @@ class Classification(Task):
     """Which of several classes an image shows."""
 
     name = "classify"
-    columns = ("train_loss", "train_top1", "test_loss", "test_top1", "test_top5")
-    best, highest = "test_top1", True
+    columns = ("train_loss", "train_top1", "val_loss", "val_top1", "val_top5")
+    best, highest = "val_top1", True
     curves = (Curve("loss", "loss"), Curve("top1", "top-1 accuracy, %", 100))
     pictures = ("predictions.png", "confusion_matrix.png")
 
@@ -92,27 +94,31 @@ class Classification(Task):
 
     def epoch_line(self, row: dict[str, float]) -> str:
         """Summarise an epoch."""
-        return f"loss {row['train_loss']:.3f}  train {row['train_top1']:.2%}  test {row['test_top1']:.2%}"
+        return f"loss {row['train_loss']:.3f}  train {row['train_top1']:.2%}  val {row['val_top1']:.2%}"
 
     def result_line(self, measured: Measured) -> str:
         """Summarise what a run has reached."""
-        return f"test accuracy {measured.figures['top1']:.2%}"
+        return f"accuracy {measured.figures['top1']:.2%}"
 
     def eval_line(self, measured: Measured) -> str:
         """Summarise a measurement."""
-        top1, top5, loss = (measured.figures[name] for name in ("top1", "top5", "loss"))
+        top1, top5, f1, loss = (measured.figures[name] for name in ("top1", "top5", "f1", "loss"))
         part = cast(Classified, measured).part
         among = f" among the {measured.figures['ranked_classes']:.0f} classes of {part}" if part else ""
-        return f"top-1 {top1:.2%}, top-5 {top5:.2%}, loss {loss:.4f}{among}"
+        return f"top-1 {top1:.2%}, top-5 {top5:.2%}, macro F1 {f1:.2%}, loss {loss:.4f}{among}"
 
     def by_class(self, measured: Measured, opened: Opened) -> tuple[dict[str, dict[str, float]], Table]:
-        """Return the number of images and the accuracy of each class that has any."""
-        measured, content, table = cast(Classified, measured), {}, Table("class", "images", "top-1")
+        """Return the number of images, precision, recall (the class's top-1) and F1 of each class that has any."""
+        measured, content = cast(Classified, measured), {}
+        table = Table("class", "images", "precision", "recall", "F1")
+        shares = class_shares(measured.confusion(len(opened.titles)))
         for label in measured.labels.unique().tolist():
-            of_class = measured.labels == label
-            count, top1 = int(of_class.sum()), (measured.predictions[of_class] == label).float().mean().item()
-            content[opened.titles[label]] = {"images": count, "top1": top1}
-            table.add_row(escape(opened.titles[label]), str(count), f"{top1:.2%}")
+            precision, recall, f1 = (share[label].item() for share in shares)
+            count = int((measured.labels == label).sum())
+            content[opened.titles[label]] = {
+                "images": count, "top1": recall, "precision": precision, "recall": recall, "f1": f1,
+            }  # fmt: skip
+            table.add_row(escape(opened.titles[label]), str(count), *(f"{x:.2%}" for x in (precision, recall, f1)))
         return content, table
 
     def draw(self, folder: Path, measured: Measured, batches: Batches, *, opened: Opened, title: str) -> None:
@@ -120,30 +126,33 @@ class Classification(Task):
         measured, classes = cast(Classified, measured), opened.titles
         reached = f"{title}: {measured.figures['top1']:.2%}"
         draw_confusion(folder / "confusion_matrix.png", measured.confusion(len(classes)), classes, reached)
-        chosen = choose_examples(measured.predictions, measured.labels)
-        wrong = int((measured.predictions != measured.labels).sum())
-        draw_predictions(
-            folder / "predictions.png",
-            opened.preprocess.denormalise(take(batches, chosen)),
-            measured.predictions[chosen],
-            measured.labels[chosen],
-            classes,
-            f"{title}: {wrong} of {len(measured.labels)} test images wrong",
-        )
+        wrong = measured.predictions != measured.labels
+        chosen = choose_examples(wrong)
+        images = opened.preprocess.denormalise(take(batches, chosen))
+        groups = []
+        for name, those in (("mistakes", wrong), ("right answers", ~wrong)):
+            here = those[chosen]
+            answers = (measured.predictions, measured.labels, measured.probabilities)
+            heading = f"{int(here.sum())} of the {int(those.sum())} {name}"
+            groups.append(Examples(heading, images[here], *(values[chosen][here] for values in answers)))
+        draw_predictions(folder / "predictions.png", groups, classes, title)
 
-    def answer(self, opened: Opened, inputs: Tensor, *, top_k: int) -> list[dict[str, Any]]:
+    def answer(self, opened: Opened, inputs: Tensor, *, top_k: int) -> list[dict[str, Any] | None]:
         """Return the most probable classes, by falling probability."""
         logits = opened.model(inputs).float()
         probabilities, classes = logits.softmax(dim=1).topk(min(top_k, logits.shape[1]))
-        return [
-            {
-                "predictions": [
-                    {"index": index, "label": opened.labels[index], "title": opened.titles[index], "probability": share}
-                    for index, share in zip(*pair, strict=True)
-                ]
-            }
-            for pair in zip(classes.tolist(), probabilities.tolist(), strict=True)
-        ]
+        answers: list[dict[str, Any] | None] = []
+        for shares, indices in zip(probabilities.tolist(), classes.tolist(), strict=True):
+            named = [
+                {"index": i, "label": opened.labels[i], "title": opened.titles[i], "probability": round(share, 4)}
+                for i, share in zip(indices, shares, strict=True)
+            ]
+            answers.append(None if any(map(math.isnan, shares)) else {"predictions": named})
+        return answers
+
+    def answer_rows(self, answer: dict[str, Any]) -> list[dict[str, Any]]:
+        """Lay an answer out, a class each."""
+        return [{"rank": rank, **line} for rank, line in enumerate(answer["predictions"], 1)]
 
     def answer_table(self, answers: Sequence[tuple[str, dict[str, Any]]]) -> Table:
         """Lay classes and probabilities out, a line each."""
@@ -171,7 +180,7 @@ def classify(
     that are ranked; default all.
     """
     dtype = autocast_dtype(precision)
-    predictions, labels, losses, hits = [], [], [], []
+    parts: list[tuple[Tensor, ...]] = []
     began = time.perf_counter()
     with torch.inference_mode(), torch.autocast(device.type, dtype) if dtype else nullcontext():
         for inputs, targets in with_bar(batches, len(batches), "measuring"):
@@ -181,18 +190,45 @@ def classify(
             logits = model(inputs.to(device)).float().cpu()
             if ranked is not None:
                 logits = torch.full_like(logits, -torch.inf).index_copy(1, ranked, logits[:, ranked])
-            top5 = logits.topk(min(5, logits.shape[1])).indices
-            predictions.append(top5[:, 0])
-            labels.append(targets)
-            hits.append((top5 == targets[:, None]).any(dim=1))
-            losses.append(cross_entropy(logits, targets, reduction="none"))
+            parts.append(_graded(logits, targets))
     seconds = time.perf_counter() - began
-    prediction, label = torch.cat(predictions), torch.cat(labels)
-    top1 = (prediction == label).float().mean().item()
-    figures = {"top1": top1, "top5": _mean(torch.cat(hits)), "loss": _mean(torch.cat(losses))}
+    prediction, label, probability, hit, loss = (torch.cat(column) for column in zip(*parts, strict=True))
+    sound = prediction >= 0
+    figures = {"top1": _mean(prediction == label), "top5": _mean(hit), "loss": _mean(loss[sound])}
+    measured = Classified(
+        figures=figures,
+        num_images=len(label),
+        seconds=seconds,
+        not_numbers=int((~sound).sum()),
+        predictions=prediction,
+        labels=label,
+        probabilities=probability,
+    )
+    f1 = class_shares(measured.confusion(logits.shape[1]))[2]
+    figures["f1"] = _mean(f1[label.unique()])
     if ranked is not None:
         figures["ranked_classes"] = float(len(ranked))
-    return Classified(figures, len(label), seconds, prediction, label)
+    return measured
+
+
+def _graded(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    """Return predictions, labels, probabilities, whether the label is among the first five, losses.
+
+    Outputs that are no numbers are no prediction: -1, and never right.
+    """
+    sound = ~logits.isnan().any(dim=1)
+    top5 = logits.topk(min(5, logits.shape[1])).indices.where(sound[:, None], -1)
+    probability = logits.softmax(dim=1).max(dim=1).values
+    hit = (top5 == labels[:, None]).any(dim=1)
+    return top5[:, 0], labels, probability, hit, cross_entropy(logits, labels, reduction="none")
+
+
+def class_shares(confusion: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return precision, recall and F1 of each class from counts by label (rows) and prediction; 0 where undefined."""
+    hits, counts = confusion.diagonal().double(), confusion.double()
+    predicted, labelled = counts.sum(0), counts.sum(1)
+    precision, recall, f1 = (hits / n.clamp(min=1e-9) for n in (predicted, labelled, (predicted + labelled) / 2))
+    return precision, recall, f1
 
 
 def _mean(values: Tensor) -> float:

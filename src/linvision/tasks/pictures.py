@@ -1,9 +1,12 @@
 """The pictures of classification: a grid of test images with predictions, the confusion matrix."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -12,27 +15,47 @@ from linvision.training.curves import save_figure
 RIGHT, WRONG = "#1b7837", "#c51b29"
 
 
-def draw_predictions(
-    path: Path, images: Tensor, predictions: Tensor, labels: Tensor, classes: tuple[str, ...], title: str
-) -> None:
-    """Draw images (N, 3, H, W) in [0, 1] with what they were taken for; wrong ones are red and name the true class."""
-    columns = min(8, len(images))
-    rows = -(-len(images) // columns)
-    figure = Figure(figsize=(1.35 * columns, 1.65 * rows + 0.4), layout="constrained")
+@dataclass(frozen=True)
+class Examples:
+    """Images (N, 3, H, W) in [0, 1] under a heading, what they were taken for (N,), what they are, and how surely."""
+
+    heading: str
+    images: Tensor
+    predictions: Tensor
+    labels: Tensor
+    probabilities: Tensor
+
+
+def draw_predictions(path: Path, groups: Sequence[Examples], classes: tuple[str, ...], title: str) -> None:
+    """Draw groups of images with their predictions; wrong ones are red and name the true class."""
+    groups = [group for group in groups if len(group.images)]
+    columns = min(8, max(len(group.images) for group in groups))
+    rows = [-(-len(group.images) // columns) for group in groups]
+    figure = Figure(figsize=(1.35 * columns, 1.75 * sum(rows) + 0.4 * len(rows) + 0.3), layout="constrained")
     figure.suptitle(title)
-    for index, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
-        axes.set(xticks=[], yticks=[])
-        if index >= len(images):
-            axes.set_axis_off()
-            continue
-        prediction, label = int(predictions[index]), int(labels[index])
-        right = prediction == label
-        axes.imshow(images[index].permute(1, 2, 0).numpy())
-        text = _short(classes[prediction]) if right else f"{_short(classes[prediction])}\nnot {_short(classes[label])}"
-        axes.set_title(text, fontsize=8, color=RIGHT if right else WRONG)
-        for side in axes.spines.values():
-            side.set(color=RIGHT if right else WRONG, linewidth=1 if right else 3)
+    parts = figure.subfigures(len(groups), 1, squeeze=False, height_ratios=rows)[:, 0]
+    for group, count, part in zip(groups, rows, parts, strict=True):
+        part.suptitle(group.heading, fontsize=10)
+        places = part.subplots(count, columns, squeeze=False).flat
+        for index, axes in enumerate(places):
+            axes.set(xticks=[], yticks=[])
+            if index < len(group.images):
+                _draw_answer(axes, group, index, classes)
+            else:
+                axes.set_axis_off()
     save_figure(figure, path)
+
+
+def _draw_answer(axes: Axes, group: Examples, index: int, classes: tuple[str, ...]) -> None:
+    prediction, label = int(group.predictions[index]), int(group.labels[index])
+    right = prediction == label
+    axes.imshow(group.images[index].permute(1, 2, 0).numpy())
+    name = _short(classes[prediction]) if prediction >= 0 else "no number"
+    text = f"{name} {float(group.probabilities[index]):.0%}"
+    text = text if right else f"{text}\nnot {_short(classes[label])}"
+    axes.set_title(text, fontsize=8, color=RIGHT if right else WRONG)
+    for side in axes.spines.values():
+        side.set(color=RIGHT if right else WRONG, linewidth=1 if right else 3)
 
 
 def draw_confusion(path: Path, confusion: Tensor, classes: tuple[str, ...], title: str) -> None:
@@ -56,12 +79,11 @@ def draw_confusion(path: Path, confusion: Tensor, classes: tuple[str, ...], titl
     save_figure(figure, path)
 
 
-def choose_examples(predictions: Tensor, labels: Tensor, count: int = 48) -> Tensor:
-    """Choose images to show, in order: up to a third wrong ones, the others spread over the right ones."""
-    wrong = (predictions != labels).nonzero().flatten()
-    right = (predictions == labels).nonzero().flatten()
-    wrong = _spread(wrong, max(count // 3, count - len(right)))
-    return torch.cat([wrong, _spread(right, count - len(wrong))]).sort().values
+def choose_examples(wrong: Tensor, count: int = 48) -> Tensor:
+    """Choose images to show, in order: up to a third of them wrong ones, the others spread over the right ones."""
+    mistakes, right = wrong.nonzero().flatten(), (~wrong).nonzero().flatten()
+    mistakes = _spread(mistakes, max(count // 3, count - len(right)))
+    return torch.cat([mistakes, _spread(right, count - len(mistakes))]).sort().values
 
 
 def _spread(indices: Tensor, count: int) -> Tensor:

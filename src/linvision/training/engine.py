@@ -12,7 +12,8 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from linvision.console import duration, notes, output
-from linvision.errors import RunError
+from linvision.data import worker_failures
+from linvision.errors import RunError, WorkerError
 from linvision.interruption import Interruption
 from linvision.training.callbacks import EpochSeed, Obedience, Recorder, read_metrics
 from linvision.training.checkpoints import AtomicCheckpointIO
@@ -20,14 +21,13 @@ from linvision.training.module import TrainingModule
 from linvision.training.opened import count_parameters
 from linvision.training.plan import Plan
 from linvision.training.progress import Reporter
-from linvision.training.results import finish
+from linvision.training.results import Outcome, finish
 from linvision.training.run_folder import RunFolder
-from linvision.training.task import Measured
 
 LIGHTNING_PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
 
-def run_training(plan: Plan, run: RunFolder, interruption: Interruption) -> Measured:
+def run_training(plan: Plan, run: RunFolder, interruption: Interruption) -> Outcome:
     """Train, from where the run's folder stands, and leave the results there."""
     interruption.advice = f"stopped; continue with: linvision train --resume {run.path}"
     task, outputs = plan.task, plan.outputs
@@ -35,11 +35,16 @@ def run_training(plan: Plan, run: RunFolder, interruption: Interruption) -> Meas
     notes().print(_headline(plan, run), markup=False)
     module = task.module(plan.model, plan.settings, outputs=outputs, steps_per_epoch=len(plan.train))
     recorder = Recorder(run, task)
-    with interruption.patience(), _without_notices():
-        fit(module, plan, run, recorder, interruption)
-    measured = finish(module, plan, run, recorder)
-    _tell(plan, run, recorder, measured)
-    return measured
+    try:
+        with worker_failures():
+            with interruption.patience(), _without_notices():
+                fit(module, plan, run, recorder, interruption)
+            outcome = finish(module, plan, run, recorder)
+    except (OSError, WorkerError):  # of the machine, so that the run can go on elsewhere or later
+        notes().print(f"when that is mended, continue with: linvision train --resume {run.path}", markup=False)
+        raise
+    _tell(plan, run, recorder, outcome)
+    return outcome
 
 
 def fit(module: TrainingModule, plan: Plan, run: RunFolder, recorder: Recorder, interruption: Interruption) -> None:
@@ -76,7 +81,7 @@ def fit(module: TrainingModule, plan: Plan, run: RunFolder, recorder: Recorder, 
         use_distributed_sampler=False,
     )
     try:
-        trainer.fit(module, plan.train, plan.test, ckpt_path=resumed, weights_only=True)
+        trainer.fit(module, plan.train, plan.val, ckpt_path=resumed, weights_only=True)
     except (AttributeError, LookupError, MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
         if resumed is None or recorder.began or isinstance(error, RunError):
             raise
@@ -103,19 +108,20 @@ def _headline(plan: Plan, run: RunFolder) -> str:
     return (
         f"{plan.settings.model}, {count_parameters(plan.model) / 1e6:.2f} M parameters, "
         f"from {plan.start or 'scratch'}, on {plan.data.name}: "
-        f"{plan.train.num_images} training and {plan.test.num_images} test images, "
+        f"{plan.train.num_images} training and {plan.val.num_images} validation images, "
         f"{plan.settings.epochs} epochs on {plan.device}; {run.path}"
     )
 
 
-def _tell(plan: Plan, run: RunFolder, recorder: Recorder, measured: Measured) -> None:
+def _tell(plan: Plan, run: RunFolder, recorder: Recorder, outcome: Outcome) -> None:
     seconds = sum(row["seconds"] for row in recorder.rows)
-    best, column = recorder.best, plan.task.best
     output().print(
-        f"{plan.task.result_line(measured)} after {len(recorder.rows)} epochs in {duration(seconds)} "
-        f"(best {plan.task.format(column, best[column])}, epoch {best['epoch']:.0f}); results in {run.path}",
+        f"{outcome.split} {plan.task.result_line(outcome.measured)} with the weights of epoch {outcome.epoch}, "
+        f"the best of {len(recorder.rows)}, in {duration(seconds)}; results in {run.path}",
         markup=False,
     )
+    if outcome.measured.warning():
+        notes().print(outcome.measured.warning(), markup=False)
     unreadable = plan.unreadable()
     if unreadable:
         notes().print(f"{len(unreadable)} images could not be read and were skipped:", markup=False)

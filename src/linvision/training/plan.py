@@ -36,12 +36,14 @@ class Plan:
     preprocess: Preprocess
     model: nn.Module
     train: Batches
-    test: Batches
+    val: Batches
+    test: Batches | None = None
     start: str = ""
 
     def unreadable(self) -> dict[str, str]:
         """Return the reason for each image that was skipped so far, by its path."""
-        return {**self.train.unreadable, **self.test.unreadable}
+        parts = (self.train, self.val, *([self.test] if self.test else []))
+        return {path: reason for part in parts for path, reason in part.unreadable.items()}
 
     def opened(self, model: nn.Module) -> Opened:
         """Return a trained model, ready for use."""
@@ -59,7 +61,7 @@ class Plan:
             pictures=self.task.pictures,
             model_kwargs=self.settings.model_kwargs,
             start=self.start,
-            images=(self.train.num_images, self.test.num_images),
+            images=(self.train.num_images, self.val.num_images),
         )
 
     def config(self) -> dict[str, Any]:
@@ -108,7 +110,8 @@ def prepare(
         preprocess=preprocess,
         model=model.train(),
         train=data.train_batches(preprocess, settings, seed=options.seed, **batches),
-        test=data.test_batches(preprocess, **batches),
+        val=data.test_batches(preprocess, **batches),
+        test=data.held_out_batches(preprocess, **batches) if isinstance(data, FolderData) else None,
         start=_start(source, options, settings),
     )
 

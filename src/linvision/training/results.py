@@ -2,6 +2,7 @@
 
 import platform
 import statistics
+from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
@@ -10,8 +11,10 @@ import torch
 from torch import nn
 
 import linvision
+from linvision.data import Batches
 from linvision.devices import cpu_name
 from linvision.files import write_json
+from linvision.models import load_checkpoint
 from linvision.training.callbacks import Recorder
 from linvision.training.curves import draw_curves
 from linvision.training.module import TrainingModule
@@ -21,34 +24,64 @@ from linvision.training.run_folder import RunFolder
 from linvision.training.task import Measured
 
 
-def finish(module: TrainingModule, plan: Plan, run: RunFolder, recorder: Recorder) -> Measured:
-    """Measure the last weights, draw the pictures and write the summary."""
+@dataclass(frozen=True)
+class Outcome:
+    """What a run has reached with the weights of its best epoch.
+
+    Attributes:
+        split: the images that it is quoted for: "test" where there is such a folder, else "validation".
+        measured: on these.
+        validation: on those that the best epoch was told by.
+        epoch: the best.
+    """
+
+    split: str
+    measured: Measured
+    validation: Measured
+    epoch: int
+
+
+def finish(module: TrainingModule, plan: Plan, run: RunFolder, recorder: Recorder) -> Outcome:
+    """Measure the best weights, draw the pictures and write the summary, all with these weights."""
+    load_checkpoint(module.final_model, run.weights())
     task, opened = plan.task, plan.opened(module.final_model.to(plan.device).eval())
-    precision = plan.options.precision
-    measured = task.measure(opened, plan.test, data=plan.data, device=plan.device, precision=precision)
-    title = f"{plan.settings.model} on {plan.data.name}"
-    draw_curves(run.path / "curves.png", recorder.rows, title, task=task, best=recorder.best)
-    task.draw(run.path, measured, plan.test, opened=opened, title=title)
-    write_json(run.path / "summary.json", _summary(opened.model, plan, recorder, measured))
-    return measured
+
+    def measure(batches: Batches) -> Measured:
+        return task.measure(opened, batches, data=plan.data, device=plan.device, precision=plan.options.precision)
+
+    validation = measure(plan.val)
+    split, batches = ("validation", plan.val) if plan.test is None else ("test", plan.test)
+    measured = validation if plan.test is None else measure(plan.test)
+    outcome = Outcome(split, measured, validation, int(recorder.best["epoch"]))
+    name = f"{plan.settings.model} on {plan.data.name}"
+    note = "training: changed images and smoothed or mixed targets, as far as the settings ask; validation: plain ones"
+    draw_curves(run.path / "curves.png", recorder.rows, name, task=task, best=recorder.best, note=note)
+    title = f"{name}, {split}: {task.result_line(measured)} with the weights of epoch {outcome.epoch}"
+    task.draw(run.path, measured, batches, opened=opened, title=title)
+    write_json(run.path / "summary.json", _summary(opened.model, plan, recorder, outcome))
+    return outcome
 
 
-def _summary(model: nn.Module, plan: Plan, recorder: Recorder, measured: Measured) -> dict[str, Any]:
-    best = recorder.best
+def _summary(model: nn.Module, plan: Plan, recorder: Recorder, outcome: Outcome) -> dict[str, Any]:
+    measured = outcome.measured
     gpu = torch.cuda.get_device_name() if plan.device.type == "cuda" else ""
     return {
         "task": plan.task.name,
         "model": plan.settings.model,
         "data": plan.options.data,
         "parameters": count_parameters(model),
+        "start": plan.start or "scratch",
+        "measured_on": outcome.split,
+        "weights": f"best.safetensors, epoch {outcome.epoch}",
         **measured.figures,
-        "best": {plan.task.best.removeprefix("test_"): best[plan.task.best], "epoch": int(best["epoch"])},
+        "validation": outcome.validation.figures,
         "epochs": len(recorder.rows),
         "seconds": round(sum(row["seconds"] for row in recorder.rows), 1),
         "images_per_second": round(statistics.median(row["images_per_second"] for row in recorder.rows), 1),
-        "test_images_per_second": round(measured.images_per_second, 1),
+        "eval_images_per_second": round(measured.images_per_second, 1),
         "train_images": plan.train.num_images,
-        "test_images": measured.num_images,
+        "validation_images": outcome.validation.num_images,
+        "measured_images": measured.num_images,
         "unreadable": plan.unreadable(),
         "seed": plan.options.seed,
         "device": gpu or cpu_name(),

@@ -21,7 +21,7 @@ Data = ArrayData | FolderData
 
 @dataclass(frozen=True)
 class Curve:
-    """A picture of columns over the epochs: ``train_NAME`` and ``test_NAME``, as far as they are there."""
+    """A picture of columns over the epochs: ``train_NAME`` and ``val_NAME``, as far as they are there."""
 
     name: str
     label: str
@@ -36,11 +36,22 @@ class Measured:
         figures: by name, as summary.json and ``eval --json`` have them.
         num_images: that were measured.
         seconds: that it took, reading the images included.
+        not_numbers: images of these whose outputs are no numbers (NaN); they count as wrong.
     """
 
     figures: dict[str, float]
     num_images: int
     seconds: float
+    not_numbers: int = 0
+
+    def warning(self) -> str:
+        """Say how many outputs are no numbers; nothing where all are."""
+        if not self.not_numbers:
+            return ""
+        return (
+            f"{self.not_numbers} of {self.num_images} images have outputs that are no numbers (NaN) and count as "
+            "wrong: the weights may be damaged, or --precision 32 may help"
+        )
 
     @property
     def images_per_second(self) -> float:
@@ -121,8 +132,15 @@ class Task(ABC):
         """Draw what shows a run's result into its folder."""
 
     @abstractmethod
-    def answer(self, opened: Opened, inputs: Tensor, *, top_k: int) -> list[dict[str, Any]]:
-        """Answer for each of the inputs (B, 3, H, W) on the model's device, in JSON's terms."""
+    def answer(self, opened: Opened, inputs: Tensor, *, top_k: int) -> list[dict[str, Any] | None]:
+        """Answer for each of the inputs (B, 3, H, W) on the model's device, in JSON's terms.
+
+        None is for outputs that are no numbers.
+        """
+
+    @abstractmethod
+    def answer_rows(self, answer: dict[str, Any]) -> list[dict[str, Any]]:
+        """Lay an answer out as lines of a CSV file."""
 
     @abstractmethod
     def answer_table(self, answers: Sequence[tuple[str, dict[str, Any]]]) -> Table:
