@@ -41,9 +41,9 @@ def test_mean_and_deviation_are_those_of_the_digits():
     assert images.std().item() == pytest.approx(data.std[0], abs=0.02)
 
 
-def test_training_batches_are_full_shuffled_and_follow_the_epoch():
+def test_training_batches_are_shuffled_and_follow_the_epoch():
     batches = open_data("digits").train_batches(HOW, load_recipe("digits").settings, batch_size=100, seed=3)
-    assert (len(batches), batches.num_images) == (14, 1400)
+    assert (len(batches), batches.num_images) == (15, 1437)
 
     def labels(epoch: int) -> torch.Tensor:
         batches.epoch = epoch
@@ -53,6 +53,15 @@ def test_training_batches_are_full_shuffled_and_follow_the_epoch():
     assert inputs.shape == (100, 3, 32, 32)
     assert torch.equal(labels(0), labels(0))
     assert not torch.equal(labels(0), labels(1))
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "sizes"), [(359, [359] * 4), (718, [718] * 2), (1000, [1000, 437]), (1, [1] * 1437)]
+)
+def test_a_last_batch_of_one_image_is_left_out_in_training(batch_size, sizes):
+    batches = open_data("digits").train_batches(HOW, load_recipe("digits").settings, batch_size=batch_size, seed=3)
+    assert [len(labels) for _, labels in batches] == sizes
+    assert (len(batches), batches.num_images) == (len(sizes), 1437)
 
 
 def test_test_batches_hold_every_image_in_order():
