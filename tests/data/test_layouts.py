@@ -186,5 +186,5 @@ def test_shares_that_are_none_and_splits_that_are_there(tmp_path):
     files(tmp_path, "valid/cat/3.jpg")
     with pytest.raises(UsageError, match=r"valid holds the validation images: leave out --val-split 0.2"):
         open_data(str(tmp_path), val_split=0.2)
-    with pytest.raises(UsageError, match="--val-split 0.2 is for folders of images and CSV files: digits"):
+    with pytest.raises(UsageError, match=r"--val-split 0.2 is for folders of images and CSV files: digits"):
         open_data("digits", val_split=0.2)

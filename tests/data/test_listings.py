@@ -40,10 +40,10 @@ def test_ground_truth_of_the_development_kit(tmp_path, val):
     with pytest.raises(UsageError, match="has 2 labels for the 3 images"):
         open_test_data(str(val))
     (kit / TRUTH).write_text("2\n1\n1001\n")
-    with pytest.raises(RunError, match="is damaged: not all of its lines are numbers of meta.mat"):
+    with pytest.raises(RunError, match=r"is damaged: not all of its lines are numbers of meta.mat"):
         open_test_data(str(val))
     (kit / "meta.mat").write_bytes(b"MATLAB 5.0 but nothing more" + bytes(200))
-    with pytest.raises(RunError, match="cannot read .*meta.mat"):
+    with pytest.raises(RunError, match=r"cannot read .*meta.mat"):
         open_test_data(str(val))
 
 

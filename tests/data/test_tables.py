@@ -62,7 +62,7 @@ def test_mistakes(tmp_path, text, message):
 
 
 def test_splits_of_its_own_and_a_share(tmp_path):
-    with pytest.raises(UsageError, match="says which images are for validation: leave out --val-split 0.5"):
+    with pytest.raises(UsageError, match=r"says which images are for validation: leave out --val-split 0.5"):
         open_data(table(tmp_path, SPLIT), val_split=0.5)
     with pytest.raises(UsageError, match="no images to measure on"):
         open_test_data(table(tmp_path, "path,label,split\n1.jpg,cat,train"))
