@@ -106,7 +106,7 @@ def test_the_limit_of_pixels_holds_in_workers(tmp_path):
     (path, reason), *rest = batches.unreadable.items()
     assert not rest
     assert path == str(tmp_path / "val/red/large.png")
-    assert "60x40 pixels are more than the limit of 0.002 million" in reason
+    assert "60x40 pixels are more than the limit of 2,000" in reason
 
 
 def test_names_with_line_ends_stay_whole(tmp_path):

@@ -31,6 +31,7 @@ class Options:
         batch_size: images in a step
         json: write the result as JSON
         device: auto takes a GPU if there is one
+        max_pixels: larger images are skipped, since decoding takes up to 8 bytes a pixel
     """
 
     images: list[str]
@@ -41,6 +42,7 @@ class Options:
     batch_size: int = 16
     json: bool = False
     device: Device = "auto"
+    max_pixels: int = 128_000_000
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Prediction:
 
 def run(options: Options) -> int:
     """Run ``linvision predict``; returns 1 where an image could not be read."""
-    for name in ("top_k", "batch_size"):
+    for name in ("top_k", "batch_size", "max_pixels"):
         if getattr(options, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
     paths, unmatched = expand(options.images)
@@ -64,7 +66,7 @@ def run(options: Options) -> int:
 
     device = choose_device(options.device)
     opened = open_model(options.model, checkpoint=options.checkpoint, img_size=options.img_size, device=device)
-    answers = answer(opened, paths, top_k=options.top_k, batch_size=options.batch_size, device=device)
+    answers = answer(opened, paths, options, device=device)
     predictions = [*with_bar(answers, len(paths), "predicting")]
     predictions += [Prediction(argument, error=f"no image found at {argument}") for argument in unmatched]
     answered = [(one.image, one.answer) for one in predictions if not one.error]
@@ -99,26 +101,24 @@ def expand(arguments: list[str]) -> tuple[list[Path], list[str]]:
     return list(paths), unmatched
 
 
-def answer(
-    opened: "Opened", paths: list[Path], *, top_k: int, batch_size: int, device: "torch.device"
-) -> Iterator[Prediction]:
+def answer(opened: "Opened", paths: list[Path], options: Options, *, device: "torch.device") -> Iterator[Prediction]:
     """Yield the answer for each image, in order."""
     import torch
 
     from linvision.data import open_image
 
     task = get_task(opened.task)
-    for start in range(0, len(paths), batch_size):
+    for start in range(0, len(paths), options.batch_size):
         inputs, failures = {}, {}
-        for path in paths[start : start + batch_size]:
+        for path in paths[start : start + options.batch_size]:
             try:
-                inputs[path] = opened.preprocess(open_image(path))
+                inputs[path] = opened.preprocess(open_image(path, max_pixels=options.max_pixels))
             except UnreadableImageError as error:
                 failures[path] = str(error)
         answers = {}
         if inputs:
             with torch.inference_mode():
-                found = task.answer(opened, torch.stack(list(inputs.values())).to(device), top_k=top_k)
+                found = task.answer(opened, torch.stack(list(inputs.values())).to(device), top_k=options.top_k)
             answers = dict(zip(inputs, found, strict=True))
-        for path in paths[start : start + batch_size]:
+        for path in paths[start : start + options.batch_size]:
             yield Prediction(str(path), answers.get(path, {}), failures.get(path, ""))
