@@ -55,6 +55,13 @@ def test_training_batches_are_shuffled_and_follow_the_epoch():
     assert not torch.equal(labels(0), labels(1))
 
 
+@pytest.mark.parametrize(("batch_size", "sizes"), [(359, [359] * 4), (1000, [1000, 437]), (1437, [1437])])
+def test_a_last_batch_of_one_image_is_left_out_in_training(batch_size, sizes):
+    batches = open_data("digits").train_batches(HOW, load_recipe("digits").settings, batch_size=batch_size, seed=3)
+    assert [len(labels) for _, labels in batches] == sizes
+    assert (len(batches), batches.num_images) == (len(sizes), 1437)
+
+
 def test_test_batches_hold_every_image_in_order():
     data = open_data("digits")
     batches = list(data.test_batches(HOW, batch_size=100))

@@ -1,15 +1,16 @@
-"""Image folders."""
+"""Batches of image files."""
 
 import shutil
 
 import pytest
 import torch
 
-from linvision.data import Preprocess, open_data, open_test_data
-from linvision.errors import RunError, UsageError
+from linvision.data import FolderData, Preprocess, open_data
+from linvision.errors import RunError
 from linvision.recipes import load_recipe
 from tests.data.samples import truncate, write_folder, write_image
 
+IMAGES = load_recipe("imagefolder").settings
 HOW = Preprocess((16, 16), (0.5,) * 3, (0.5,) * 3)
 
 
@@ -28,7 +29,7 @@ def test_training_batches_repeat_with_seed_and_epoch(tmp_path, workers):
     data = open_data(str(write_folder(tmp_path)))
 
     def epoch(number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        batches = data.train_batches(HOW, load_recipe("imagefolder").settings, batch_size=4, seed=1, workers=workers)
+        batches = data.train_batches(HOW, IMAGES, batch_size=4, seed=1, workers=workers)
         batches.epoch = number
         torch.manual_seed(number)
         inputs, labels = zip(*batches, strict=True)
@@ -56,7 +57,7 @@ def test_unreadable_images_are_skipped_and_named_once(tmp_path, workers):
     data = open_data(str(write_folder(tmp_path)))
     truncate(tmp_path / "train/red/1.png")
     (tmp_path / "train/green/2.png").write_text("no image")
-    batches = data.train_batches(HOW, load_recipe("imagefolder").settings, batch_size=6, seed=0, workers=workers)
+    batches = data.train_batches(HOW, IMAGES, batch_size=6, seed=0, workers=workers)
     for _ in range(2):
         sizes = [(len(inputs), len(labels)) for inputs, labels in batches]
         assert sum(size for size, _ in sizes) == 10
@@ -72,47 +73,46 @@ def test_a_batch_without_readable_images_is_empty(tmp_path):
     assert sizes == [0, 1]
 
 
-def test_no_readable_image_at_all(tmp_path):
+def test_no_readable_image_at_all_is_said_before_the_first_batch(tmp_path):
     data = open_data(str(write_folder(tmp_path, val=1)))
-    for name in ("green", "red"):
-        (tmp_path / f"val/{name}/0.png").write_text("no image")
-    with pytest.raises(RunError, match=r"none of the 2 images could be read; cannot read .*val"):
-        list(data.test_batches(HOW, batch_size=1))
+    for path in tmp_path.rglob("*.png"):
+        path.write_text("no image")
+    with pytest.raises(RunError, match=r"none of the 2 images could be read; cannot read .*val.*not an image"):
+        data.test_batches(HOW, batch_size=1)
+    with pytest.raises(RunError, match=r"none of the 12 images could be read; cannot read .*train.*not an image"):
+        data.train_batches(HOW, IMAGES, batch_size=4, seed=0)
 
 
-def test_empty_folder(tmp_path):
-    with pytest.raises(UsageError, match="has no train/ and no val/ folder"):
-        open_data(str(tmp_path))
-    (tmp_path / "train").mkdir()
-    with pytest.raises(UsageError, match="has no val/ folder"):
-        open_data(str(tmp_path))
-    (tmp_path / "val").mkdir()
-    with pytest.raises(UsageError, match="train is empty: it needs a sub-folder"):
-        open_data(str(tmp_path))
+def test_images_that_vanish_in_the_meantime(tmp_path):
+    data = open_data(str(write_folder(tmp_path, val=1)))
+    batches = data.test_batches(HOW, batch_size=1)
+    shutil.rmtree(tmp_path / "val")
+    with pytest.raises(RunError, match="none of the 2 images could be read"):
+        list(batches)
 
 
-def test_class_without_images(tmp_path):
-    write_folder(tmp_path)
-    (tmp_path / "train/blue").mkdir()
-    with pytest.raises(UsageError, match="no images for 1 of its 3 classes: blue"):
-        open_data(str(tmp_path))
+@pytest.mark.parametrize(("images", "sizes"), [(12, [5, 5, 2]), (11, [5, 5]), (6, [5]), (1, [1]), (4, [4])])
+def test_training_takes_the_last_batch_unless_it_is_of_one_image(tmp_path, images, sizes):
+    items = tuple((write_image(tmp_path / f"{index}.png"), 0) for index in range(images))
+    batches = FolderData("x", ("a",), items, items).train_batches(HOW, IMAGES, batch_size=5, seed=0)
+    assert [len(labels) for _, labels in batches] == sizes
+    assert (len(batches), batches.num_images) == (len(sizes), images)
 
 
-def test_different_class_folders(tmp_path):
-    write_folder(tmp_path, classes=("cat", "dog", "emu"))
-    shutil.rmtree(tmp_path / "val/emu")
-    (tmp_path / "val/dog").rename(tmp_path / "val/dogs")
-    with pytest.raises(UsageError, match=r"only in train/: dog, emu \(like dogs\); only in val/: dogs"):
-        open_data(str(tmp_path))
+def test_the_limit_of_pixels_holds_in_workers(tmp_path):
+    write_image(write_folder(tmp_path, val=1) / "val/red/large.png", size=(60, 40))
+    batches = open_data(str(tmp_path), max_pixels=2000).test_batches(HOW, batch_size=4, workers=1)
+    assert sum(len(labels) for _, labels in batches) == 2
+    (path, reason), *rest = batches.unreadable.items()
+    assert not rest
+    assert path == str(tmp_path / "val/red/large.png")
+    assert "60x40 pixels are more than the limit of 2,000" in reason
 
 
-def test_folders_to_measure_on_need_no_training_images(tmp_path):
-    for name in ("cat", "dog"):
-        write_image(tmp_path / "flat" / name / "a.png")
-    flat = open_test_data(str(tmp_path / "flat"))
-    assert (flat.classes, len(flat.test)) == (("cat", "dog"), 2)
-    with pytest.raises(UsageError, match="no train/ folder"):
-        flat.train_batches(HOW, load_recipe("imagefolder").settings, batch_size=1, seed=0)
-    split = open_test_data(str(write_folder(tmp_path / "split")))
-    assert split.classes == ("green", "red")
-    assert len(split.test) == 6
+def test_names_with_line_ends_stay_whole(tmp_path):
+    write_folder(tmp_path, val=1)
+    odd = tmp_path / "val/red/two\nlines.png"
+    odd.write_text("no image")
+    batches = open_data(str(tmp_path)).test_batches(HOW, batch_size=4)
+    assert sum(len(labels) for _, labels in batches) == 2
+    assert list(batches.unreadable) == [str(odd)]

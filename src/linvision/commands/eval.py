@@ -6,6 +6,7 @@ from linvision.console import notes, output, write_json
 from linvision.devices import Device, Precision, choose_device
 from linvision.errors import UsageError
 from linvision.tasks import get_task
+from linvision.training.settings import check_ranges
 
 EXAMPLE = """linvision eval --model runs/vil2_mini_patch4_32-digits-1 --by-class
   linvision eval --model vil2-tiny --data imagenet/"""
@@ -28,6 +29,7 @@ class Options:
         precision: numeric precision: 32, bf16 or 16 (16 needs a GPU)
         workers: processes that decode images of a folder
         data_root: folder of downloaded data; default $LINVISION_DATA or ~/.cache/linvision
+        max_pixels: larger images are skipped, since decoding takes up to 8 bytes a pixel in each process
     """
 
     model: str | None = None
@@ -41,14 +43,14 @@ class Options:
     precision: Precision = "32"
     workers: int = 2
     data_root: str | None = None
+    max_pixels: int = 128_000_000
 
 
 def run(options: Options) -> int:
     """Run ``linvision eval``."""
     if options.model is None:
         raise UsageError("eval needs --model: a run folder, or the name of a model with published weights")
-    if options.batch_size < 1:
-        raise UsageError(f"--batch-size {options.batch_size} is out of range: it must be at least 1")
+    check_ranges(vars(options))
     from linvision.data import worker_failures
     from linvision.tasks.opened import open_model
 
@@ -57,7 +59,7 @@ def run(options: Options) -> int:
     task, name = get_task(opened.task), options.data or opened.data
     if not name:
         raise UsageError("eval needs --data: a folder of images, or a data set's name")
-    data = task.open_test_data(name, root=options.data_root)
+    data = task.open_test_data(name, root=options.data_root, max_pixels=options.max_pixels)
     batches = data.test_batches(opened.preprocess, batch_size=options.batch_size, workers=options.workers)
     with worker_failures():
         measured = task.measure(opened, batches, data=data, device=device, precision=options.precision)

@@ -40,6 +40,7 @@ class Options:
         csv: write a line of comma-separated values for each class shown, as soon as it is known
         workers: processes that decode images; default none for few images, else the CPUs that may be used, at most 8
         device: auto takes a GPU if there is one
+        max_pixels: larger images are skipped, since decoding takes up to 8 bytes a pixel
     """
 
     images: list[str]
@@ -53,6 +54,7 @@ class Options:
     csv: bool = False
     workers: int | None = None
     device: Device = "auto"
+    max_pixels: int = 128_000_000
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Prediction:
 
 def run(options: Options) -> int:
     """Run ``linvision predict``; returns 1 where an image could not be read."""
-    for name in ("top_k", "batch_size"):
+    for name in ("top_k", "batch_size", "max_pixels"):
         if getattr(options, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
     paths, unmatched = expand(options.images)
@@ -81,7 +83,7 @@ def run(options: Options) -> int:
     device = choose_device(options.device)
     opened = open_model(options.model, checkpoint=options.checkpoint, img_size=options.img_size, device=device)
     workers = options.workers if options.workers is not None else _workers(len(paths))
-    found = answer(opened, paths, top_k=options.top_k, batch_size=options.batch_size, workers=workers, device=device)
+    found = answer(opened, paths, options, workers=workers, device=device)
     predictions = chain(
         with_bar(found, len(paths), "predicting"),
         (Prediction(argument, error=f"no image found at {argument}") for argument in unmatched),
@@ -146,7 +148,7 @@ def expand(arguments: list[str]) -> tuple[list[Path], list[str]]:
 
 
 def answer(
-    opened: "Opened", paths: list[Path], *, top_k: int, batch_size: int, workers: int = 0, device: "torch.device"
+    opened: "Opened", paths: list[Path], options: Options, *, workers: int = 0, device: "torch.device"
 ) -> Iterator[Prediction]:
     """Yield the answer for each image, in order, decoded by ``workers`` processes (0: in this one)."""
     import torch
@@ -155,14 +157,14 @@ def answer(
     from linvision.data import Decoded, worker_failures
 
     task = get_task(opened.task)
-    images = Decoded(paths, opened.preprocess)
+    images = Decoded(paths, opened.preprocess, options.max_pixels)
     with worker_failures():
-        for batch in DataLoader(images, batch_size=batch_size, num_workers=workers, collate_fn=list):
+        for batch in DataLoader(images, batch_size=options.batch_size, num_workers=workers, collate_fn=list):
             readable = [image for _, image, _ in batch if image is not None]
             answers = iter(())
             if readable:
                 with torch.inference_mode():
-                    answers = iter(task.answer(opened, torch.stack(readable).to(device), top_k=top_k))
+                    answers = iter(task.answer(opened, torch.stack(readable).to(device), top_k=options.top_k))
             for path, image, error in batch:
                 if image is None:
                     yield Prediction(path, error=error)

@@ -25,7 +25,7 @@ GROUPS = {
     "optimisation": "epochs batch_size opt lr weight_decay warmup_epochs layer_decay clip_grad ema",
     "regularisation": "loss label_smoothing drop_path mixup cutmix",
     "augmentation": "flip erase rotate shift scale shear border crop_scale auto_augment color_jitter",
-    "machine": "device precision checkpointing workers",
+    "machine": "device precision checkpointing workers max_pixels",
 }
 
 # A setting that is not given is the recipe's.

@@ -144,8 +144,8 @@ def _decode(path: Path, max_pixels: int) -> tuple[Image.Image, Image.Transpose |
         return _to_rgb(image), _UPRIGHT.get(_orientation(image))
 
 
-def _too_large(max_pixels: int, found: str = "it has") -> str:
-    limit = f"{found} more than the limit of {max_pixels / 1e6:g} million pixels"
+def _too_large(max_pixels: int, found: str = "its pixels are") -> str:
+    limit = f"{found} more than the limit of {max_pixels:,}"
     return f"{limit}: make the image smaller, or raise max_pixels (--max-pixels)"
 
 

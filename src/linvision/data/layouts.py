@@ -16,7 +16,7 @@ def open_folder(folder: Path, *, val_split: float | None = None) -> FolderData:
     """Return the data set in ``folder``, for training.
 
     It has a train/ and a val/ (valid/, validation/) folder, each with a sub-folder of images for each class, and may
-    have a test/ folder of the same kind. With ``val_split`` it has class folders alone, or in train/.
+    have a test/ folder of the same kind. With ``val_split`` the class folders lie in train/ or in ``folder`` itself.
 
     Raises:
         UsageError: a folder is missing or empty, or train/ and val/ have different classes.
@@ -33,7 +33,7 @@ def open_folder(folder: Path, *, val_split: float | None = None) -> FolderData:
             raise UsageError(_what_is_missing(folder, train_folder, val_folder))
         classes, train = _scan(train_folder)
         test = _same_classes(classes, *_scan(val_folder), folder)
-    held_out = () if test_folder is None else _among(classes, test_folder)
+    held_out = () if train_folder is None or test_folder is None else _among(classes, test_folder)
     return FolderData(name, classes, train, test, held_out)
 
 

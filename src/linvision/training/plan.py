@@ -87,7 +87,7 @@ def prepare(
     source, settings = _named(settings)
     check_optimizer(settings.opt)
     device = choose_device(options.device, options.precision)
-    data = task.open_data(options.data, root=options.data_root)
+    data = task.open_data(options.data, root=options.data_root, max_pixels=options.max_pixels)
     _check_changes(given, data)
     pl.seed_everything(options.seed, verbose=False)
     outputs = task.outputs(data)

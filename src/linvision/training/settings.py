@@ -91,7 +91,7 @@ def check_ranges(values: Mapping[str, Any]) -> None:
 
 
 RANGES = (
-    (("epochs", "batch_size", "img_size"), lambda value: value >= 1, "at least 1"),
+    (("epochs", "batch_size", "img_size", "max_pixels"), lambda value: value >= 1, "at least 1"),
     (("lr",), lambda value: 0 < value < float("inf"), "above 0"),
     (
         ("weight_decay", "warmup_epochs", "clip_grad", "mixup", "cutmix", "workers", "color_jitter"),
@@ -113,8 +113,8 @@ class RunOptions:
     """Where a run gets its data and weights from, where it computes and what it writes to.
 
     Attributes:
-        data: digits, fashion-mnist, mnist, cifar10, cifar100, or a folder with train/ and val/, each with a folder of
-            images for every class
+        data: digits, fashion-mnist, mnist, cifar10, cifar100, a folder with train/ and val/, each with a folder of
+            images for every class, or a CSV file with the columns path, label and split
         pretrained: start from the model's published weights
         checkpoint: start from the weights in this file
         drop_head: train a new classifier, for when the checkpoint has other classes
@@ -128,6 +128,7 @@ class RunOptions:
             pass what is cheap (norms, activations, gates, depthwise convolutions), full everything
         workers: processes that decode images of a folder; default the CPUs that may be used, at most 8
         data_root: folder of downloaded data; default $LINVISION_DATA or ~/.cache/linvision
+        max_pixels: larger images are skipped, since decoding takes up to 8 bytes a pixel in each process
     """
 
     data: str = "digits"
@@ -143,6 +144,7 @@ class RunOptions:
     checkpointing: Checkpointing = "none"
     workers: int | None = None
     data_root: str | None = None
+    max_pixels: int = 128_000_000
 
 
 # What may differ when a run is continued: where and how it runs, not what it computes.

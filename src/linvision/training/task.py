@@ -10,7 +10,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from linvision.data import ArrayData, Batches, FolderData, open_data, open_test_data
+from linvision.data import MAX_PIXELS, ArrayData, Batches, FolderData, open_data, open_test_data
 from linvision.devices import Precision
 from linvision.training.module import TrainingModule
 from linvision.training.opened import Opened
@@ -78,13 +78,13 @@ class Task(ABC):
     curves: tuple[Curve, ...]
     pictures: tuple[str, ...]
 
-    def open_data(self, name: str, *, root: str | None) -> Data:
-        """Open data to train on, by name or folder."""
-        return open_data(name, root=root)
+    def open_data(self, name: str, *, root: str | None, max_pixels: int = MAX_PIXELS) -> Data:
+        """Open data to train on, by name, folder or CSV file."""
+        return open_data(name, root=root, max_pixels=max_pixels)
 
-    def open_test_data(self, name: str, *, root: str | None) -> Data:
-        """Open data to measure on, by name or folder."""
-        return open_test_data(name, root=root)
+    def open_test_data(self, name: str, *, root: str | None, max_pixels: int = MAX_PIXELS) -> Data:
+        """Open data to measure on, by name, folder or CSV file."""
+        return open_test_data(name, root=root, max_pixels=max_pixels)
 
     @abstractmethod
     def outputs(self, data: Data) -> tuple[str, ...]:
