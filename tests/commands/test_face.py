@@ -47,7 +47,7 @@ def test_every_option_of_a_long_help_stands_in_one_group(name):
 
 @pytest.mark.parametrize(
     ("arguments", "shown"),
-    [([], "(recipe digits: 15)"), (["--data", "photos"], "(recipe imagefolder: 100)")],
+    [([], "(recipe digits: 15)"), (["--data", "photos"], "(recipe finetune: 20)")],
 )
 def test_the_help_shows_the_settings_of_the_recipe(arguments, shown, capfd):
     assert main(["train", *arguments, "--help"]) == 0

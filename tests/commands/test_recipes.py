@@ -7,6 +7,7 @@ import torch
 
 from linvision import create_model
 from linvision.cli import main
+from linvision.commands.train import Options
 from linvision.data import DATASETS
 from linvision.errors import UnknownNameError, UsageError
 from linvision.models import resolve_name, size_overrides
@@ -32,7 +33,7 @@ def test_every_page_names_what_exists(name):
 
 def test_every_data_set_has_a_recipe():
     assert {recipe_for(name).data for name in DATASETS} == set(DATASETS)
-    assert recipe_for("photos/").name == "imagefolder"
+    assert recipe_for("photos/").name == "finetune"
 
 
 def test_the_digits_are_trained_as_ever():
@@ -88,3 +89,22 @@ def test_recipes_are_listed(capfd):
     assert "batch_size: 64" in capfd.readouterr().out
     assert main(["recipes", "cifar*", "--json"]) == 0
     assert [entry["name"] for entry in json.loads(capfd.readouterr().out)] == ["cifar10", "cifar100"]
+
+
+@pytest.mark.parametrize(
+    ("given", "recipe", "pretrained"),
+    [
+        ({}, "finetune", True),
+        ({"model": "l2vit_tiny"}, "imagefolder", False),
+        ({"checkpoint": "own.safetensors"}, "finetune", False),
+        ({"recipe": "imagefolder"}, "imagefolder", False),
+    ],
+)
+def test_a_folder_is_fine_tuned_on_where_there_are_weights(given, recipe, pretrained):
+    options = Options(data="photos/", **given).resolved()
+    assert (options.recipe, options.pretrained) == (recipe, pretrained)
+
+
+def test_a_recipe_without_data_asks_for_some(capfd):
+    assert main(["train", "--recipe", "finetune"]) == 2
+    assert "add --data FOLDER" in capfd.readouterr().err

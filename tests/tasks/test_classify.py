@@ -10,9 +10,13 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from linvision import create_model
 from linvision.commands.train import Options
+from linvision.data import Preprocess, class_weights
+from linvision.data.batches import ArrayBatches
 from linvision.errors import UsageError
 from linvision.recipes import load_recipe
 from linvision.tasks.classifier import Classifier
+from linvision.tasks.classify import class_shares
+from linvision.tasks.opened import Mirrored
 from linvision.training.module import check_optimizer, cosine_with_warmup
 from linvision.training.settings import Settings
 
@@ -144,3 +148,34 @@ def test_recipes_name_every_data_set_and_options_override_them():
 def test_values_out_of_range(values, message):
     with pytest.raises(UsageError, match=message):
         Options(**values).resolved().settings()
+
+
+def test_class_weights_make_all_classes_count_alike():
+    labels = torch.tensor([0, 0, 0, 2])
+    weights = class_weights(labels, 4)
+    assert weights[labels].mean() == 1
+    assert 3 * weights[0] == weights[2]
+
+
+def test_sampling_draws_rare_classes_as_often():
+    images = torch.zeros(400, 1, 4, 4, dtype=torch.uint8)
+    labels = (torch.arange(400) >= 360).long()
+    how = Preprocess(size=(4, 4), mean=(0.0,) * 3, std=(1.0,) * 3)
+    batches = ArrayBatches(images, labels, preprocess=how, batch_size=100, seed=0, balanced=True)
+    drawn = torch.cat([labels for _, labels in batches])
+    assert len(drawn) == 400
+    assert 0.4 < drawn.float().mean() < 0.6
+
+
+def test_precision_recall_and_f1():
+    precision, recall, f1 = class_shares(torch.tensor([[3, 1, 0], [0, 2, 0], [0, 0, 0]]))
+    assert precision.tolist() == pytest.approx([1, 2 / 3, 0])
+    assert recall.tolist() == pytest.approx([3 / 4, 1, 0])
+    assert f1.tolist() == pytest.approx([6 / 7, 4 / 5, 0])
+
+
+def test_outputs_for_an_image_and_its_mirror_are_averaged():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    images = torch.randn(2, 3, 2, 2)
+    expected = (model(images) + model(images.flip(-1))) / 2
+    assert torch.allclose(Mirrored(model)(images), expected)

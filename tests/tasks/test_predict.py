@@ -133,4 +133,4 @@ def test_any_size_for_a_linear_model(finished, photos, capfd):
 @pytest.mark.parametrize("option", ["--top-k", "--batch-size"])
 def test_numbers_below_one(option, photos, capfd):
     assert main(["predict", str(photos), option, "0"]) == 2
-    assert f"{option} must be at least 1" in capfd.readouterr().err
+    assert f"{option} 0 is out of range: it must be at least 1" in capfd.readouterr().err

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from linvision import files
 from linvision.cli import main
@@ -82,6 +83,7 @@ def test_checkpointing_changes_no_result(finished, colours, tmp_path):
 
 def test_checkpointing_that_a_model_does_not_have(colours, capfd):
     options = ["--data", str(colours), "--model", "resnet18", "--img-size", "32", "--checkpointing", "selective"]
+    options += ["--recipe", "imagefolder"]
     assert main(["train", *options]) == 2
     assert "--checkpointing selective: ResNet does not have it" in capfd.readouterr().err
 
@@ -265,6 +267,7 @@ def test_models_of_timm_train_at_any_size(colours, tmp_path):
     for model, size in (("test_vit", "32"), ("test_resnet", "48")):
         out = tmp_path / model
         options = ["--data", str(colours), *TINY, "--model", model, "--img-size", size, "--epochs", "1"]
+        options += ["--recipe", "imagefolder"]
         assert main(["train", *options, "--out", str(out)]) == 0
         assert json.loads((out / "model.json").read_text())["preprocess"]["size"] == [int(size)] * 2
 
@@ -320,3 +323,52 @@ def test_a_killed_worker_is_one_line(colours, tmp_path, monkeypatch, capfd):
     advice, line = capfd.readouterr().err.splitlines()[-2:]
     assert "a process that decodes images was killed" in line
     assert advice.endswith(f"continue with: linvision train --resume {tmp_path / 'run'}")
+
+
+def test_a_share_is_held_back_and_measured_again(tmp_path, capfd):
+    folder = write_folder(tmp_path / "data")
+    shutil.copytree(folder / "train", tmp_path / "photos")
+    out = tmp_path / "run"
+    options = ["--data", str(tmp_path / "photos"), "--val-split", "0.3", "--cache", str(tmp_path / "cache")]
+    assert main(["train", *options, "--out", str(out), *TINY]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["train_images"] + summary["validation_images"] == 12
+    capfd.readouterr()
+    assert main(["eval", "--model", str(out), "--json"]) == 0
+    measured = json.loads(capfd.readouterr().out)
+    assert measured["images"] == summary["validation_images"]
+    assert measured["top1"] == pytest.approx(summary["top1"], abs=1e-5)
+
+
+def test_a_frozen_backbone_stays_as_it_is(finished, colours, tmp_path, capfd):
+    options = ["train", "--data", str(colours), *TINY, "--freeze", "backbone"]
+    assert main([*options, "--out", str(tmp_path / "no")]) == 2
+    assert "--freeze backbone needs weights" in capfd.readouterr().err
+    start = ["--checkpoint", str(finished / "last.safetensors")]
+    assert main([*options, *start, "--out", str(tmp_path / "run")]) == 0
+    before, after = weights(finished), weights(tmp_path / "run")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("patterns", ["blocks.9.*", "*"])
+def test_patterns_that_freeze_nothing_or_all_are_refused(patterns, colours, tmp_path, capfd):
+    assert main(["train", "--data", str(colours), *TINY, "--freeze", patterns, "--out", str(tmp_path / "run")]) == 2
+    assert f"--freeze {patterns}" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("balance", ["loss", "sampling"])
+def test_rare_classes_count_as_much(balance, tmp_path):
+    folder = write_folder(tmp_path / "data")
+    for path in sorted((folder / "train/red").iterdir())[1:]:
+        path.unlink()
+    out = tmp_path / "run"
+    assert main(["train", "--data", str(folder), "--out", str(out), *TINY, "--balance", balance]) == 0
+    assert len(metrics(out)) == 2
+
+
+def test_tensorboard_has_rates_speed_pictures_and_settings(finished):
+    events = EventAccumulator(str(finished / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    assert {"train_loss_step", "lr-AdamW/pg1", "images_per_second", "val_top1"} <= set(events.Tags()["scalars"])
+    assert {"curves", "predictions", "confusion_matrix"} <= set(events.Tags()["images"])

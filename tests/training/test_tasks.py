@@ -57,8 +57,8 @@ class MeanColour(Task):
     def outputs(self, data) -> tuple[str, ...]:
         return ("red", "green", "blue")
 
-    def module(self, model, settings, *, outputs, steps_per_epoch) -> ColourModule:
-        return ColourModule(model, settings, steps_per_epoch=steps_per_epoch)
+    def module(self, model, settings, *, outputs, batches) -> ColourModule:
+        return ColourModule(model, settings, steps_per_epoch=len(batches))
 
     def measure(self, opened, batches, *, data, device, precision) -> Measured:
         with torch.inference_mode():

@@ -1,6 +1,6 @@
 """The command ``linvision eval``."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from linvision.console import notes, output, write_json
 from linvision.devices import Device, Precision, choose_device
@@ -23,6 +23,8 @@ class Options:
         checkpoint: weights to use instead of the run's or the published ones
         batch_size: images in a step
         img_size: side of the input in pixels; default the model's own
+        crop_ratio: side of the centre crop over the side that images are first resized to; default the model's own
+        tta: average the outputs for each image and for the mirrored one
         by_class: show the accuracy of each class
         json: write the result as JSON
         device: auto takes a GPU if there is one
@@ -37,6 +39,8 @@ class Options:
     checkpoint: str | None = None
     batch_size: int = 64
     img_size: int | None = None
+    crop_ratio: float | None = None
+    tta: bool = False
     by_class: bool = False
     json: bool = False
     device: Device = "auto"
@@ -52,15 +56,23 @@ def run(options: Options) -> int:
         raise UsageError("eval needs --model: a run folder, or the name of a model with published weights")
     check_ranges(vars(options))
     from linvision.data import worker_failures
-    from linvision.tasks.opened import open_model
+    from linvision.tasks.opened import named_by, open_model
 
     device = choose_device(options.device, options.precision)
-    opened = open_model(options.model, checkpoint=options.checkpoint, img_size=options.img_size, device=device)
-    task, name = get_task(opened.task), options.data or opened.data
+    named = named_by(options.model)
+    name, task = options.data or named.data, get_task(named.task)
     if not name:
         raise UsageError("eval needs --data: a folder of images, or a data set's name")
-    data = task.open_test_data(name, root=options.data_root, max_pixels=options.max_pixels)
-    batches = data.test_batches(opened.preprocess, batch_size=options.batch_size, workers=options.workers)
+    # Before the model, which may have to be downloaded.
+    held_back = named.val_split if options.data is None else None
+    data = task.open_test_data(name, root=options.data_root, val_split=held_back, max_pixels=options.max_pixels)
+    opened = open_model(
+        options.model, checkpoint=options.checkpoint, img_size=options.img_size, tta=options.tta, device=device
+    )
+    preprocess = opened.preprocess
+    if options.crop_ratio is not None:
+        preprocess = replace(preprocess, crop_ratio=options.crop_ratio)
+    batches = data.test_batches(preprocess, batch_size=options.batch_size, workers=options.workers)
     with worker_failures():
         measured = task.measure(opened, batches, data=data, device=device, precision=options.precision)
     by_class, table = task.by_class(measured, opened) if options.by_class else ({}, None)

@@ -12,6 +12,7 @@ from linvision.console import as_json, notes, output, with_bar, write_json
 from linvision.devices import Device, available_cpus, choose_device
 from linvision.errors import UsageError
 from linvision.tasks import get_task
+from linvision.training.settings import check_ranges
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,7 @@ class Options:
         checkpoint: weights to use instead of the run's or the published ones
         top_k: classes to show for each image
         img_size: side of the input in pixels; default the model's own
+        tta: average the outputs for each image and for the mirrored one
         batch_size: images in a step
         json: write the result as JSON
         jsonl: write a JSON object a line, each as soon as it is known
@@ -48,6 +50,7 @@ class Options:
     checkpoint: str | None = None
     top_k: int = 5
     img_size: int | None = None
+    tta: bool = False
     batch_size: int = 16
     json: bool = False
     jsonl: bool = False
@@ -72,16 +75,16 @@ class Prediction:
 
 def run(options: Options) -> int:
     """Run ``linvision predict``; returns 1 where an image could not be read."""
-    for name in ("top_k", "batch_size", "max_pixels"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
+    check_ranges(vars(options))
     paths, unmatched = expand(options.images)
     if not paths:
         raise UsageError(f"no image found at {', '.join(unmatched)}")
     from linvision.tasks.opened import open_model
 
     device = choose_device(options.device)
-    opened = open_model(options.model, checkpoint=options.checkpoint, img_size=options.img_size, device=device)
+    opened = open_model(
+        options.model, checkpoint=options.checkpoint, img_size=options.img_size, tta=options.tta, device=device
+    )
     workers = options.workers if options.workers is not None else _workers(len(paths))
     found = answer(opened, paths, options, workers=workers, device=device)
     predictions = chain(

@@ -6,9 +6,9 @@ from dataclasses import dataclass, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from linvision.errors import UsageError
+from linvision.errors import DownloadError, UsageError
 from linvision.interruption import Interruption, interruptible
-from linvision.recipes import Recipe, load_recipe, recipe_for
+from linvision.recipes import FINE_TUNING, FROM_SCRATCH, Recipe, load_recipe, recipe_for
 from linvision.records import read_record
 from linvision.tasks import get_task
 from linvision.training.settings import MACHINE, RunOptions, Settings, check_ranges
@@ -20,12 +20,13 @@ CONFIG = True
 
 
 GROUPS = {
-    "data and model": "data data_root recipe task model model_kwargs img_size pretrained checkpoint drop_head",
+    "data": "data data_root val_split",
+    "model": "recipe task model model_kwargs img_size pretrained checkpoint drop_head",
     "run": "out resume overwrite seed",
-    "optimisation": "epochs batch_size opt lr weight_decay warmup_epochs layer_decay clip_grad ema",
-    "regularisation": "loss label_smoothing drop_path mixup cutmix",
+    "optimisation": "epochs batch_size opt lr weight_decay warmup_epochs layer_decay clip_grad freeze ema",
+    "regularisation": "loss label_smoothing balance drop_path mixup cutmix",
     "augmentation": "flip erase rotate shift scale shear border crop_scale auto_augment color_jitter",
-    "machine": "device precision checkpointing workers max_pixels",
+    "machine": "device precision checkpointing workers cache max_pixels",
 }
 
 # A setting that is not given is the recipe's.
@@ -64,9 +65,24 @@ class Options(Given):
             raise UsageError("--pretrained and --checkpoint exclude each other: give one")
         if self.drop_head and not self.checkpoint:
             raise UsageError("--drop-head needs --checkpoint FILE, whose classifier it drops")
-        if self.recipe is None or self.data != RunOptions.data:
+        if self.recipe is None:
+            return self._of_folder() if recipe_for(self.data).name == FINE_TUNING else self
+        if self.data != RunOptions.data:
             return self
-        return replace(self, data=load_recipe(self.recipe).data or self.data)
+        data = load_recipe(self.recipe).data
+        if not data:
+            raise UsageError(f"the recipe {self.recipe} is for data of your own: add --data FOLDER")
+        return replace(self, data=data)
+
+    def _of_folder(self) -> "Options":
+        """Choose between fine-tuning and training from scratch, for a folder."""
+        from linvision.models import has_weights
+
+        if self.pretrained or self.checkpoint:
+            return replace(self, recipe=FINE_TUNING)
+        if has_weights(self.model or load_recipe(FINE_TUNING).settings.model):
+            return replace(self, recipe=FINE_TUNING, pretrained=True)
+        return replace(self, recipe=FROM_SCRATCH)
 
     def settings(self) -> Settings:
         """Return the settings of the recipe with the options that are given in place of its own."""
@@ -126,8 +142,8 @@ def _one_process() -> None:
         )
 
 
-def _start(options: Options, interruption: Interruption) -> None:
-    options = options.resolved()
+def _start(given: Options, interruption: Interruption) -> None:
+    options = given.resolved()
     settings = options.settings()
     task = get_task(settings.task)
     from linvision.training.engine import run_training
@@ -135,7 +151,12 @@ def _start(options: Options, interruption: Interruption) -> None:
     from linvision.training.run_folder import check_out, new_run
 
     check_out(options)
-    plan = prepare(task, options.run_options(), settings, given=options.changed())
+    try:
+        plan = prepare(task, options.run_options(), settings, given=options.changed())
+    except DownloadError as error:
+        if given.pretrained:
+            raise
+        raise DownloadError(f"{error}; to train without published weights, give --recipe {FROM_SCRATCH}") from error
     with new_run(plan.options, plan.settings.model) as folder:
         folder.save_config({"recipe": options.recipe, **plan.config()})
         run_training(plan, folder, interruption)

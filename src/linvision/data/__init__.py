@@ -2,7 +2,7 @@
 
 from linvision.data.arrays import ArrayData
 from linvision.data.augment import Augment, Changes, augment
-from linvision.data.batches import Batches, Decoded, worker_failures
+from linvision.data.batches import Batches, Decoded, class_weights, worker_failures
 from linvision.data.catalog import DATASETS, open_data, open_test_data
 from linvision.data.folders import FolderData
 from linvision.data.images import MAX_PIXELS, find_images, open_image
@@ -21,6 +21,7 @@ __all__ = [
     "Preprocess",
     "UnreadableImageError",
     "augment",
+    "class_weights",
     "find_images",
     "open_data",
     "open_image",

@@ -60,7 +60,12 @@ class ArrayData:
         names = (field.name for field in fields(Augment))
         augmentation = Augment(**{name: getattr(changes, name) for name in names})
         return ArrayBatches(
-            *self.train, preprocess=preprocess, batch_size=batch_size, augmentation=augmentation, seed=seed
+            *self.train,
+            preprocess=preprocess,
+            batch_size=batch_size,
+            augmentation=augmentation,
+            seed=seed,
+            balanced=changes.balance == "sampling",
         )
 
     def test_batches(self, preprocess: Preprocess, *, batch_size: int, workers: int = 0) -> ArrayBatches:

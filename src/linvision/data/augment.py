@@ -22,6 +22,8 @@ class Changes(Protocol):
     def auto_augment(self) -> str: ...  # noqa: D102
     @property
     def color_jitter(self) -> float: ...  # noqa: D102
+    @property
+    def balance(self) -> str: ...  # noqa: D102
 
 
 @dataclass(frozen=True)

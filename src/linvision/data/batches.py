@@ -24,11 +24,13 @@ class Batches(ABC):
 
     Attributes:
         num_images: images that there are. A pass in training may leave one out (``leave_out_last``).
+        labels: theirs (N,).
         epoch: the pass that the next iteration makes; it decides the order and the random changes.
         unreadable: the reason for each file that was skipped so far, by its path.
     """
 
     num_images: int
+    labels: Tensor
     epoch: int = 0
     unreadable: dict[str, str]
 
@@ -53,8 +55,9 @@ class ArrayBatches(Batches):
         batch_size: int,
         augmentation: Augment | None = None,
         seed: int | None = None,
+        balanced: bool = False,
     ):
-        self.images, self.labels = images, labels
+        self.images, self.labels, self.balanced = images, labels, balanced
         self.preprocess, self.augmentation = preprocess, augmentation
         self.seed = seed
         self.unreadable = {}
@@ -73,11 +76,20 @@ class ArrayBatches(Batches):
         if self.seed is not None:
             generator.manual_seed(epoch_seed(self.seed, self.epoch))
             order = torch.randperm(len(order), generator=generator)
+            if self.balanced:
+                weights = class_weights(self.labels)[self.labels]
+                order = torch.multinomial(weights, len(order), replacement=True, generator=generator)
         for chosen in order.split(self.batch_size)[: len(self)]:
             images = self.preprocess.resize(self.images[chosen])
             if self.augmentation is not None:
                 images = augment(images, self.augmentation, generator=generator)
             yield self.preprocess.normalise(images), self.labels[chosen]
+
+
+def class_weights(labels: Tensor, num_classes: int = 0) -> Tensor:
+    """Return a weight for each class by which all count alike, their mean over the labels (N,) being 1."""
+    counts = torch.bincount(labels, minlength=num_classes)
+    return len(labels) / (counts.clamp(min=1) * (counts > 0).sum())
 
 
 def leave_out_last(images: int, batch_size: int) -> bool:

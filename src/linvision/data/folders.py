@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 from linvision.data.augment import Changes
-from linvision.data.batches import Batches, epoch_seed, leave_out_last
+from linvision.data.batches import Batches, class_weights, epoch_seed, leave_out_last
 from linvision.data.cache import ResizedImages
 from linvision.data.images import MAX_PIXELS, open_image
 from linvision.data.preprocess import Preprocess
@@ -78,7 +78,8 @@ class FolderData:
             side = math.ceil(max(preprocess.size) / math.sqrt(changes.crop_scale))
             cached = ResizedImages(self.cache, side)
         images = _Images(self.train, transform, self.max_pixels, cached)
-        return FolderBatches(images, batch_size=batch_size, workers=workers, seed=seed)
+        balanced = changes.balance == "sampling"
+        return FolderBatches(images, batch_size=batch_size, workers=workers, seed=seed, balanced=balanced)
 
     def test_batches(self, preprocess: Preprocess, *, batch_size: int, workers: int = 0) -> Batches:
         """Return the images to measure on, in order; RunError if none of them can be read."""
@@ -139,17 +140,25 @@ class FolderBatches(Batches):
         RunError: not one of the images can be read.
     """
 
-    def __init__(self, dataset: _Images, *, batch_size: int, workers: int, seed: int | None = None):
+    def __init__(
+        self, dataset: _Images, *, batch_size: int, workers: int, seed: int | None = None, balanced: bool = False
+    ):
         dataset.check_readable()
+        self.labels = torch.tensor([label for _, label in dataset.items])
         batch_size = min(batch_size, len(dataset))
         self.seed = seed
         self.unreadable = {}
         self.order = torch.Generator()
+        sampler = None
+        if balanced:
+            weights = class_weights(self.labels)[self.labels]
+            sampler = WeightedRandomSampler(weights.tolist(), len(dataset), generator=self.order)
         # Workers start anew for each pass: those kept alive would not be seeded again.
         self.loader = DataLoader(
             dataset,
             batch_size=batch_size,
-            shuffle=seed is not None,
+            shuffle=seed is not None and sampler is None,
+            sampler=sampler,
             drop_last=seed is not None and leave_out_last(len(dataset), batch_size),
             num_workers=workers,
             collate_fn=_collate,

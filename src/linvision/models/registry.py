@@ -56,6 +56,12 @@ def resolve_name(name: str) -> str:
     raise UnknownNameError(f"unknown model {name!r}{did_you_mean(name, known)}")
 
 
+def has_weights(name: str) -> bool:
+    """Say whether a model comes with weights, published ones or, as a shared model, its own."""
+    name = resolve_name(name)
+    return name.startswith(SOURCES) or bool(_pretrained_cfg(name).has_weights)
+
+
 def create_model(
     name: str,
     pretrained: bool = False,

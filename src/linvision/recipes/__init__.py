@@ -11,7 +11,7 @@ from linvision.errors import UnknownNameError, UsageError, did_you_mean
 from linvision.records import read_record
 from linvision.training.settings import Settings
 
-FOLDER_RECIPE = "imagefolder"  # of data without a recipe of its own
+FINE_TUNING, FROM_SCRATCH = "finetune", "imagefolder"  # of folders, with and without published weights
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,6 @@ def read_recipe(name: str, content: dict[str, Any]) -> Recipe:
 
 
 def recipe_for(data: str) -> Recipe:
-    """Return the default recipe of a data set, by its name, or that of folders."""
+    """Return the default recipe of a data set, by its name, or that of fine-tuning on a folder."""
     recipes = (load_recipe(name) for name in recipe_names())
-    return next((recipe for recipe in recipes if recipe.data == data), load_recipe(FOLDER_RECIPE))
+    return next((recipe for recipe in recipes if recipe.data == data), load_recipe(FINE_TUNING))

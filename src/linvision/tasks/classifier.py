@@ -20,11 +20,21 @@ class Classifier(TrainingModule):
         settings: how to train it.
         num_classes: number of labels.
         steps_per_epoch: batches in one epoch.
+        class_weights: of each class in the loss, (num_classes,); None for equal ones.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings, *, num_classes: int, steps_per_epoch: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        *,
+        num_classes: int,
+        steps_per_epoch: int,
+        class_weights: Tensor | None = None,
+    ):
         super().__init__(model, settings, steps_per_epoch=steps_per_epoch)
         self.num_classes = num_classes
+        self.register_buffer("class_weights", class_weights, persistent=False)
         self.mixup = None
         if settings.mixup or settings.cutmix:
             self.mixup = Mixup(
@@ -40,6 +50,8 @@ class Classifier(TrainingModule):
     def progress(self) -> str:
         """Say how the epoch goes so far, beside the loss."""
         return f"accuracy {float(self.train_top1.compute()):.1%}"
+
+    class_weights: Tensor | None
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
         """Return the loss of a batch; an empty one (no file of it could be read) is passed over."""
@@ -78,8 +90,8 @@ class Classifier(TrainingModule):
         """Compute the loss of logits (B, classes) for labels (B,) or shares of classes (B, classes)."""
         smoothing = 0.0 if smoothed else self.settings.label_smoothing
         if self.settings.loss == "cross-entropy":
-            return cross_entropy(logits, targets, label_smoothing=smoothing)
+            return cross_entropy(logits, targets, self.class_weights, label_smoothing=smoothing)
         if targets.ndim == 1:
             targets = one_hot(targets, self.num_classes).to(logits.dtype)
             targets = targets * (1 - smoothing) + smoothing / self.num_classes
-        return binary_cross_entropy_with_logits(logits, targets)
+        return binary_cross_entropy_with_logits(logits, targets, self.class_weights)

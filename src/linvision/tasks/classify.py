@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from linvision.console import with_bar
-from linvision.data import Batches
+from linvision.data import Batches, class_weights
 from linvision.devices import Precision, autocast_dtype
 from linvision.tasks.classifier import Classifier
 from linvision.tasks.labels import imagenet_part, match_labels, unique
@@ -67,11 +67,12 @@ class Classification(Task):
         labels = tuple(info.label_names())
         return labels, unique([info.index_to_description(index) for index in range(len(labels))], labels)
 
-    def module(
-        self, model: nn.Module, settings: Settings, *, outputs: tuple[str, ...], steps_per_epoch: int
-    ) -> Classifier:
+    def module(self, model: nn.Module, settings: Settings, *, outputs: tuple[str, ...], batches: Batches) -> Classifier:
         """Make the Lightning module."""
-        return Classifier(model, settings, num_classes=len(outputs), steps_per_epoch=steps_per_epoch)
+        weights = class_weights(batches.labels, len(outputs)) if settings.balance == "loss" else None
+        return Classifier(
+            model, settings, num_classes=len(outputs), steps_per_epoch=len(batches), class_weights=weights
+        )
 
     def measure(
         self, opened: Opened, batches: Batches, *, data: Data, device: torch.device, precision: Precision

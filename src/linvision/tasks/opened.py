@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from linvision.data import Preprocess
 from linvision.models import create_model, load_checkpoint, resolve_name, size_overrides
@@ -13,10 +14,30 @@ from linvision.training.opened import Opened, check_size
 from linvision.training.run_folder import RunFolder
 
 
+class Named(NamedTuple):
+    """A task and its data; none for published weights."""
+
+    task: str
+    data: str = ""
+    val_split: float | None = None
+
+
 def open_model(
-    spec: str, *, checkpoint: str | None = None, img_size: int | None = None, device: torch.device
+    spec: str,
+    *,
+    checkpoint: str | None = None,
+    img_size: int | None = None,
+    tta: bool = False,
+    device: torch.device | str = "cpu",
 ) -> Opened:
     """Open the run in folder ``spec``, or the model of that name with its published weights or those of a file.
+
+    Args:
+        spec: a run's folder or a model's name.
+        checkpoint: weights to take instead of the run's or the published ones.
+        img_size: side of the input in pixels; default the model's own.
+        tta: average the outputs for each image and for the mirrored one.
+        device: where the model is to be.
 
     Raises:
         UsageError, UnknownNameError: there is no such run or model.
@@ -29,7 +50,28 @@ def open_model(
         opened = _open_named(spec, checkpoint, img_size)
     check_size(opened.model, opened.preprocess)
     opened.model.to(device)
-    return opened
+    return replace(opened, model=Mirrored(opened.model)) if tta else opened
+
+
+def named_by(spec: str) -> Named:
+    """Return what is known of ``spec`` without its model: a run's task and data, those of published weights."""
+    folder = Path(spec).expanduser()
+    if not folder.is_dir():
+        return Named("classify")
+    card = RunFolder(folder).load_card()
+    return Named(card.task, card.data, card.val_split)
+
+
+class Mirrored(nn.Module):
+    """A model whose outputs are averaged over each image and the one mirrored left to right."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the model twice on images (B, 3, H, W)."""
+        return (self.model(x) + self.model(x.flip(-1))) / 2
 
 
 def _open_run(run: RunFolder, checkpoint: str | None, img_size: int | None) -> Opened:

@@ -119,6 +119,8 @@ class Recorder(Callback):
                 f"the training loss became {row['train_loss']} in epoch {row['epoch']}: lower --lr, "
                 "set --clip-grad, or use --precision 32"
             )
+        if trainer.logger is not None:
+            trainer.logger.log_metrics({"images_per_second": row["images_per_second"]}, step=trainer.global_step)
         # Rounded as in the file, so that a resumed run compares the same figures.
         self.rows.append({name: float(f"{value:.6g}") for name, value in row.items()})
         weights = cast(TrainingModule, pl_module).final_model.state_dict()

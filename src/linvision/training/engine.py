@@ -9,6 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 from lightning_fabric.plugins.environments import LightningEnvironment
 from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from linvision.console import duration, notes, output
@@ -33,7 +34,7 @@ def run_training(plan: Plan, run: RunFolder, interruption: Interruption) -> Outc
     task, outputs = plan.task, plan.outputs
     run.save_card(plan.card())
     notes().print(_headline(plan, run), markup=False)
-    module = task.module(plan.model, plan.settings, outputs=outputs, steps_per_epoch=len(plan.train))
+    module = task.module(plan.model, plan.settings, outputs=outputs, batches=plan.train)
     recorder = Recorder(run, task)
     try:
         with worker_failures():
@@ -67,12 +68,13 @@ def fit(module: TrainingModule, plan: Plan, run: RunFolder, recorder: Recorder, 
         callbacks=[
             Obedience(interruption),
             EpochSeed(plan.train, plan.options.seed),
+            LearningRateMonitor("step"),
             recorder,
             Reporter(recorder, plan.task, plan.settings.epochs),
         ],
         plugins=[AtomicCheckpointIO(), LightningEnvironment()],  # one process, also inside of a SLURM job of several
         logger=logger,
-        log_every_n_steps=min(50, steps),
+        log_every_n_steps=max(1, min(50, steps // 10)),
         num_sanity_val_steps=0,
         default_root_dir=run.path,
         enable_checkpointing=False,

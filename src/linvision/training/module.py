@@ -1,6 +1,7 @@
 """What every task's Lightning module shares: the model that is kept, its moving average, optimiser and schedule."""
 
 import math
+from fnmatch import fnmatchcase
 from typing import Any
 
 import pytorch_lightning as pl
@@ -24,10 +25,14 @@ class TrainingModule(pl.LightningModule):
         model: what is trained.
         settings: how.
         steps_per_epoch: batches in one epoch.
+
+    Raises:
+        UsageError: ``settings.freeze`` names no parameter, or all.
     """
 
     def __init__(self, model: nn.Module, settings: Settings, *, steps_per_epoch: int):
         super().__init__()
+        freeze(model, settings.freeze)
         self.model = model
         self.settings = settings
         self.steps_per_epoch = steps_per_epoch
@@ -37,6 +42,15 @@ class TrainingModule(pl.LightningModule):
     def final_model(self) -> nn.Module:
         """The model that is measured and kept: the moving average where there is one."""
         return self.model if self.ema is None else self.ema.module
+
+    def train(self, mode: bool = True) -> "TrainingModule":
+        """Set the mode of all modules but frozen ones, whose statistics stay and which drop nothing."""
+        super().train(mode)
+        for module in self.model.modules():
+            parameters = list(module.parameters())
+            if mode and parameters and not any(parameter.requires_grad for parameter in parameters):
+                module.eval()
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the model that is kept."""
@@ -72,6 +86,37 @@ class TrainingModule(pl.LightningModule):
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [course(scale) for scale in scales])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def freeze(model: nn.Module, patterns: str) -> None:
+    """Freeze parameters by patterns of their names, separated by commas; "backbone" is all but the classifier.
+
+    Raises:
+        UsageError: a pattern fits no name, or nothing is left to train.
+    """
+    head = {id(parameter) for parameter in classifier_parameters(model)}
+    named = dict(model.named_parameters())
+    for pattern in filter(None, patterns.split(",")):
+        names = [
+            name
+            for name, parameter in named.items()
+            if (id(parameter) not in head if pattern == "backbone" else fnmatchcase(name, pattern))
+        ]
+        if not names:
+            near = did_you_mean(pattern, named) or f"; its first is {next(iter(named))}"
+            raise UsageError(f"--freeze {pattern}: no parameter of {type(model).__name__} has such a name{near}")
+        for name in names:
+            named[name].requires_grad_(False)
+    if patterns and not any(parameter.requires_grad for parameter in named.values()):
+        raise UsageError(f"--freeze {patterns} leaves nothing to train")
+
+
+def classifier_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of a model's classifier, as timm names it; none where there is no such thing."""
+    get = getattr(model, "get_classifier", None)
+    found = get() if get is not None else None
+    parts = found if isinstance(found, tuple | list) else [found]
+    return [parameter for part in parts if isinstance(part, nn.Module) for parameter in part.parameters()]
 
 
 def check_optimizer(name: str) -> None:

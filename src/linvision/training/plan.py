@@ -61,6 +61,7 @@ class Plan:
             pictures=self.task.pictures,
             model_kwargs=self.settings.model_kwargs,
             start=self.start,
+            val_split=self.options.val_split,
             images=(self.train.num_images, self.val.num_images),
         )
 
@@ -87,11 +88,20 @@ def prepare(
     source, settings = _named(settings)
     check_optimizer(settings.opt)
     device = choose_device(options.device, options.precision)
-    data = task.open_data(options.data, root=options.data_root, max_pixels=options.max_pixels)
+    data = task.open_data(
+        options.data,
+        root=options.data_root,
+        val_split=options.val_split,
+        cache=options.cache,
+        max_pixels=options.max_pixels,
+    )
     _check_changes(given, data)
     pl.seed_everything(options.seed, verbose=False)
     outputs = task.outputs(data)
+    start = _start(source, options, settings)
     model = _build(source, options, settings, len(outputs), fresh=fresh)
+    if settings.freeze == "backbone" and fresh and not start:
+        raise UsageError("--freeze backbone needs weights to freeze: give --pretrained or --checkpoint FILE")
     set_checkpointing(model, options.checkpointing)
     preprocess = _preprocess(model, options, settings, data)
     check_size(model, preprocess)
@@ -112,7 +122,7 @@ def prepare(
         train=data.train_batches(preprocess, settings, seed=options.seed, **batches),
         val=data.test_batches(preprocess, **batches),
         test=data.held_out_batches(preprocess, **batches) if isinstance(data, FolderData) else None,
-        start=_start(source, options, settings),
+        start=start,
     )
 
 

@@ -1,14 +1,18 @@
 """What a training run leaves behind: pictures and summary.json."""
 
+import os
 import platform
 import statistics
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import timm
 import torch
+from PIL import Image
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
 
 import linvision
 from linvision.data import Batches
@@ -59,7 +63,19 @@ def finish(module: TrainingModule, plan: Plan, run: RunFolder, recorder: Recorde
     title = f"{name}, {split}: {task.result_line(measured)} with the weights of epoch {outcome.epoch}"
     task.draw(run.path, measured, batches, opened=opened, title=title)
     write_json(run.path / "summary.json", _summary(opened.model, plan, recorder, outcome))
+    _show_in_tensorboard(plan, run, outcome)
     return outcome
+
+
+def _show_in_tensorboard(plan: Plan, run: RunFolder, outcome: Outcome) -> None:
+    with SummaryWriter(os.fspath(run.path / "tensorboard")) as writer:
+        for name in ("curves.png", *plan.task.pictures):
+            with Image.open(run.path / name) as picture:
+                writer.add_image(name.removesuffix(".png"), np.asarray(picture.convert("RGB")), dataformats="HWC")
+        config = plan.config().items()
+        settings = {key: value if isinstance(value, int | float) else str(value) for key, value in config}
+        reached = {f"reached/{key}": value for key, value in outcome.measured.figures.items()}
+        writer.add_hparams(settings, reached, run_name=".")
 
 
 def _summary(model: nn.Module, plan: Plan, recorder: Recorder, outcome: Outcome) -> dict[str, Any]:

@@ -58,6 +58,7 @@ class ModelCard:
         pictures: files that the task draws into the run's folder.
         model_kwargs: arguments of the model's constructor.
         start: the weights that training started from; empty for none.
+        val_split: the share of these that was held back for validation, where they have none of their own.
         images: how many there were to train on and to measure on; none in runs from before they were counted.
     """
 
@@ -70,6 +71,7 @@ class ModelCard:
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     start: str = ""
     images: tuple[int, ...] = ()
+    val_split: float | None = None
 
     def __post_init__(self) -> None:
         if not self.classes:

@@ -9,6 +9,7 @@ from linvision.errors import UsageError
 
 Border = Literal["zeros", "reflection"]
 Loss = Literal["cross-entropy", "bce"]
+Balance = Literal["none", "loss", "sampling"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,9 @@ class Settings:
         warmup_epochs: epochs in which the learning rate rises to its peak; it then follows a cosine
         layer_decay: factor on the learning rate from each layer to the one below; 1 for none
         clip_grad: largest norm of the gradient; 0 for no limit
+        freeze: parameters that stay as they are: backbone for all but the classifier, or patterns of names such as
+            blocks.0.*, separated by commas
+        balance: of classes: none, by their weight in the loss, or by sampling rare ones more often
         drop_path: probability that a residual branch is skipped
         loss: cross-entropy, or bce for one binary decision a class
         label_smoothing: share of each target that is spread over all classes
@@ -58,6 +62,8 @@ class Settings:
     warmup_epochs: float = 5.0
     layer_decay: float = 1.0
     clip_grad: float = 1.0
+    freeze: str = ""
+    balance: Balance = "none"
     drop_path: float = 0.0
     loss: Loss = "cross-entropy"
     label_smoothing: float = 0.1
@@ -91,7 +97,7 @@ def check_ranges(values: Mapping[str, Any]) -> None:
 
 
 RANGES = (
-    (("epochs", "batch_size", "img_size", "max_pixels"), lambda value: value >= 1, "at least 1"),
+    (("epochs", "batch_size", "img_size", "top_k", "max_pixels"), lambda value: value >= 1, "at least 1"),
     (("lr",), lambda value: 0 < value < float("inf"), "above 0"),
     (
         ("weight_decay", "warmup_epochs", "clip_grad", "mixup", "cutmix", "workers", "color_jitter"),
@@ -100,10 +106,11 @@ RANGES = (
     ),
     (("drop_path", "label_smoothing", "ema"), lambda value: 0 <= value < 1, "at least 0 and below 1"),
     (("flip", "erase", "shift"), lambda value: 0 <= value <= 1, "from 0 to 1"),
+    (("val_split",), lambda value: 0 < value < 1, "above 0 and below 1"),
     (("scale",), lambda value: 0 <= value < 1, "at least 0 and below 1"),
     (("rotate",), lambda value: 0 <= value <= 180, "from 0 to 180"),
     (("shear",), lambda value: 0 <= value < 90, "at least 0 and below 90"),
-    (("layer_decay", "crop_scale"), lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    (("layer_decay", "crop_scale", "crop_ratio"), lambda value: 0 < value <= 1, "above 0 and at most 1"),
     (("seed",), lambda value: 0 <= value < 2**31, "at least 0 and below 2^31"),
 )
 
@@ -128,6 +135,9 @@ class RunOptions:
             pass what is cheap (norms, activations, gates, depthwise convolutions), full everything
         workers: processes that decode images of a folder; default the CPUs that may be used, at most 8
         data_root: folder of downloaded data; default $LINVISION_DATA or ~/.cache/linvision
+        val_split: share of a folder's images, of each class, that is held back for validation where there is no val/;
+            which ones follows from their paths alone
+        cache: folder for resized copies of the training images, which are decoded faster
         max_pixels: larger images are skipped, since decoding takes up to 8 bytes a pixel in each process
     """
 
@@ -144,8 +154,10 @@ class RunOptions:
     checkpointing: Checkpointing = "none"
     workers: int | None = None
     data_root: str | None = None
+    val_split: float | None = None
+    cache: str | None = None
     max_pixels: int = 128_000_000
 
 
 # What may differ when a run is continued: where and how it runs, not what it computes.
-MACHINE = ("device", "checkpointing", "workers", "data_root")
+MACHINE = ("device", "checkpointing", "workers", "data_root", "cache", "max_pixels")

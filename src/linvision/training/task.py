@@ -10,7 +10,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from linvision.data import MAX_PIXELS, ArrayData, Batches, FolderData, open_data, open_test_data
+from linvision.data import ArrayData, Batches, FolderData, open_data, open_test_data
 from linvision.devices import Precision
 from linvision.training.module import TrainingModule
 from linvision.training.opened import Opened
@@ -78,13 +78,13 @@ class Task(ABC):
     curves: tuple[Curve, ...]
     pictures: tuple[str, ...]
 
-    def open_data(self, name: str, *, root: str | None, max_pixels: int = MAX_PIXELS) -> Data:
-        """Open data to train on, by name, folder or CSV file."""
-        return open_data(name, root=root, max_pixels=max_pixels)
+    def open_data(self, name: str, **options: Any) -> Data:
+        """Open data to train on, by name, folder or CSV file; options as of ``linvision.data.open_data``."""
+        return open_data(name, **options)
 
-    def open_test_data(self, name: str, *, root: str | None, max_pixels: int = MAX_PIXELS) -> Data:
-        """Open data to measure on, by name, folder or CSV file."""
-        return open_test_data(name, root=root, max_pixels=max_pixels)
+    def open_test_data(self, name: str, **options: Any) -> Data:
+        """Open data to measure on, by name, folder or CSV file; options as of ``linvision.data.open_test_data``."""
+        return open_test_data(name, **options)
 
     @abstractmethod
     def outputs(self, data: Data) -> tuple[str, ...]:
@@ -97,9 +97,9 @@ class Task(ABC):
 
     @abstractmethod
     def module(
-        self, model: nn.Module, settings: Settings, *, outputs: tuple[str, ...], steps_per_epoch: int
+        self, model: nn.Module, settings: Settings, *, outputs: tuple[str, ...], batches: Batches
     ) -> TrainingModule:
-        """Make what computes the loss of a batch and measures one; it logs the task's columns."""
+        """Make what computes the loss of one of the batches and measures one; it logs the task's columns."""
 
     @abstractmethod
     def measure(
