@@ -58,7 +58,7 @@ def resolve_name(name: str) -> str:
     spelled = {_spelling(known): known for known in (*list_models(), *aliases)}.get(_spelling(name))
     if spelled is not None:
         return aliases.get(spelled, spelled)
-    longer = [each for each in known if _spelling(each).startswith(_spelling(name))]
+    longer = sorted({each for each in known if _spelling(each).startswith(_spelling(name))}, key=lambda x: (len(x), x))
     raise UnknownNameError(f"unknown model {name!r}{suggestion(longer[:3] or nearest(name, known, cutoff=NEAR))}")
 
 
