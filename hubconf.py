@@ -80,4 +80,5 @@ def _vim(alias: str) -> Callable[..., nn.Module]:
 globals().update({alias: _vil(alias) for alias in vil.ALIASES})
 globals().update({alias: _vim(alias) for alias in vim.ALIASES})
 globals().update({alias: _named(alias, name, pretrained=True) for alias, name in deit3.ALIASES.items()})
+globals().update({alias.replace("-", "_"): globals()[alias] for alias in (*vil.ALIASES, *deit3.ALIASES)})
 globals().update({alias: _named(alias, name, pretrained=False) for alias, name in l2vit.ALIASES.items()})

@@ -1,7 +1,5 @@
 """What the commands write: results to stdout, the rest to stderr; bars on a terminal, plain lines elsewhere."""
 
-import json
-import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -12,6 +10,7 @@ from rich.progress import track
 from rich.text import Text
 
 from linvision.errors import printable
+from linvision.files import as_json
 
 Item = TypeVar("Item")
 SECONDS_BETWEEN_LINES = 60.0
@@ -39,20 +38,6 @@ def notes() -> Console:
 def write_json(content: Any) -> None:
     r"""Write a result for another program to read; bytes of names that are no UTF-8 as ``\udce9``."""
     sys.stdout.write(as_json(content, indent=2) + "\n")
-
-
-def as_json(content: Any, *, indent: int | None = None, digits: int = 6) -> str:
-    """Write a result as JSON: numbers to so many digits, null for those that are none."""
-    text = json.dumps(_rounded(content, digits), indent=indent, ensure_ascii=False, allow_nan=False)
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _rounded(content: Any, digits: int) -> Any:
-    if isinstance(content, float):
-        return float(f"{content:.{digits}g}") if math.isfinite(content) else None
-    if isinstance(content, dict):
-        return {key: _rounded(value, digits) for key, value in content.items()}
-    return [_rounded(value, digits) for value in content] if isinstance(content, list | tuple) else content
 
 
 def with_bar(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:

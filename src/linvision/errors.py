@@ -5,7 +5,7 @@ A user's mistake, which another request would mend, ends with 2; a sound request
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UsageError(ValueError):
@@ -71,7 +71,11 @@ def nearest(name: str, names: Iterable[str], n: int = 3, *, cutoff: float = 0.5)
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """Return "; did you mean a, b or c?", or nothing where no name comes near."""
-    near = nearest(name, names)
+    return suggestion(nearest(name, names))
+
+
+def suggestion(near: Sequence[str]) -> str:
+    """Return "; did you mean a, b or c?" for names that come near, or nothing without any."""
     if not near:
         return ""
     return f"; did you mean {', '.join(near[:-1])}{' or ' if near[1:] else ''}{near[-1]}?"

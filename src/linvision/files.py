@@ -1,6 +1,8 @@
 """Files that are either the old ones or the new ones, never half of each."""
 
 import contextlib
+import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,8 +10,6 @@ from typing import Any
 
 import safetensors.torch
 from torch import Tensor
-
-from linvision.console import as_json
 
 
 @contextlib.contextmanager
@@ -39,6 +39,20 @@ def write_text(path: Path, text: str) -> None:
     r"""Write a text file in one piece; bytes of names that are no UTF-8 as ``\udce9``, which JSON reads back."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def as_json(content: Any, *, indent: int | None = None, digits: int = 6) -> str:
+    """Write a result as JSON: numbers to so many digits, null for those that are none."""
+    text = json.dumps(_rounded(content, digits), indent=indent, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _rounded(content: Any, digits: int) -> Any:
+    if isinstance(content, float):
+        return float(f"{content:.{digits}g}") if math.isfinite(content) else None
+    if isinstance(content, dict):
+        return {key: _rounded(value, digits) for key, value in content.items()}
+    return [_rounded(value, digits) for value in content] if isinstance(content, list | tuple) else content
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -20,7 +20,7 @@ MODELS = {
 def test_a_run_is_trained_measured_and_used(name, size, colours, tmp_path, capfd):
     run, photo = tmp_path / "run", write_image(tmp_path / "photo.png", color=(200, 0, 60))
     options = ["--model", name, "--img-size", str(size), "--epochs", "1", "--batch-size", "6"]
-    machine = ["--workers", "0", "--device", "cpu", "--precision", "bf16"]
+    machine = ["--workers", "0", "--device", "cpu", "--precision", "bf16", "--recipe", "imagefolder"]
     assert main(["train", "--data", str(colours), "--out", str(run), *options, *machine]) == 0
     capfd.readouterr()
     assert main(["eval", "--model", str(run), "--json"]) == 0

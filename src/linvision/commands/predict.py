@@ -8,9 +8,10 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from linvision.console import as_json, notes, output, with_bar, write_json
+from linvision.console import notes, output, with_bar, write_json
 from linvision.devices import Device, available_cpus, choose_device
 from linvision.errors import UsageError
+from linvision.files import as_json
 from linvision.tasks import get_task
 from linvision.training.settings import check_ranges
 

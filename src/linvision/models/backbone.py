@@ -15,7 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from linvision.models.forms import form_of, is_listened_to
+from linvision.models.patches import check_image
 from linvision.models.recompute import run_recomputed
+
+torch.fx.wrap("check_image")  # torch.fx cannot look into it
 
 
 class Backbone(nn.Module, ABC):
@@ -70,7 +73,7 @@ class Backbone(nn.Module, ABC):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the unpooled features of images (B, in_chans, H, W), after the final norm."""
-        carry = self.embed(self._check_image(x))
+        carry = self.embed(check_image(x, self.in_chans, type(self).__name__))
         for index in range(len(self.feature_info)):
             carry = self.advance(carry, index)
         return self.finish(carry)
@@ -108,7 +111,7 @@ class Backbone(nn.Module, ABC):
             raise ValueError(f"output_fmt={output_fmt!r}: feature maps are given as 'NCHW' only")
         take = self._block_numbers(indices)
         num_blocks = max(take) + 1 if stop_early else len(self.feature_info)
-        carry = self.embed(self._check_image(x))
+        carry = self.embed(check_image(x, self.in_chans, type(self).__name__))
         taken = {}
         for index in range(num_blocks):
             carry = self.advance(carry, index)
@@ -173,14 +176,6 @@ class Backbone(nn.Module, ABC):
     def _recomputing(self, layer: nn.Module) -> AbstractContextManager[None]:
         """Return the context in which a layer is recomputed; compiled graphs do without."""
         return nullcontext()
-
-    def _check_image(self, x: Tensor) -> Tensor:
-        if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(
-                f"{type(self).__name__} takes images of shape (B, {self.in_chans}, H, W) but got {tuple(x.shape)}; "
-                f"build the model with in_chans={x.shape[1] if x.ndim == 4 else 'N'} for other channel counts"
-            )
-        return x
 
 
 def drop_path_rates(rate: float, depth: int, *, decay: bool) -> list[float]:

@@ -11,8 +11,10 @@ from timm.models import DefaultCfg, PretrainedCfg, build_model_with_cfg, resolve
 from torch import nn
 
 from linvision.errors import UnknownOptionError, did_you_mean
-from linvision.models.checkpoints import Release, StateDict, fetch, load_state_dict, load_weights
-from linvision.models.hub import fetch_from_hub, weights_in
+from linvision.models.checkpoints import Release, load_weights
+from linvision.models.downloads import fetch
+from linvision.models.hub import WEIGHT_OPTIONS, fetch_from_hub, weights_in
+from linvision.models.weight_files import StateDict, load_state_dict, unwrap
 
 # Overrides that timm's builder takes for itself; all others go to the model's constructor.
 BUILDER_OPTIONS = (
@@ -24,8 +26,6 @@ BUILDER_OPTIONS = (
     "out_indices",
     "feature_cls",
 )
-# What ``linvision.create_model`` asks of the weights.
-WEIGHT_OPTIONS = ("weights", "drop_head", "ema")
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def build(
     cfg = resolve_pretrained_cfg(variant, overrides.get("pretrained_cfg"), overrides.get("pretrained_cfg_overlay"))
     published = pretrained and weights is None
     if published:
-        weights = _published(cfg, family, variant, ema=ema, cache_dir=overrides.get("cache_dir"))
+        weights = published_weights(cfg, variant, family=family, ema=ema, cache_dir=overrides.get("cache_dir"))
 
     def construct(**options: Any) -> nn.Module:
         model = model_class(**options)
@@ -136,32 +136,47 @@ def build(
             )
         return model
 
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         construct,
         variant,
         False,
         feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
         **{**defaults, **overrides},
     )
+    # Kept for sharing the model; older versions of timm keep no such thing.
+    vars(model)["constructor_args"] = {name: x for name, x in overrides.items() if name not in BUILDER_OPTIONS}
+    return model
 
 
-def _published(cfg: PretrainedCfg, family: Family, variant: str, *, ema: bool, cache_dir: str | Path | None) -> Weights:
-    """Fetch and read, once, the weights that timm's description of a model names, or the average beside them."""
+def published_weights(
+    cfg: PretrainedCfg,
+    name: str,
+    *,
+    family: Family | None = None,
+    ema: bool = False,
+    cache_dir: str | Path | None = None,
+) -> Weights:
+    """Fetch and read, once, the weights that timm's description of a model names, or the average beside them.
+
+    Raises:
+        ValueError: it names none.
+        CheckpointError, DownloadError: they cannot be had.
+    """
     if cfg.state_dict:
-        return Weights(dict(cfg.state_dict), variant)
+        return Weights(unwrap(cfg.state_dict, name, ema=ema), name)
     file = Path(cfg.file) if cfg.file else None
     if file is not None and file.is_dir():
         file = weights_in(file)
-    if file is None and cfg.url and cfg.source != "hf-hub":
-        file = fetch(str(cfg.url), cache_dir)
-    elif file is None and cfg.hf_hub_id:
-        published = family.reported(variant, cfg.tag) if cfg.source != "hf-hub" else None
+    if file is None and cfg.hf_hub_id:
+        published = family.reported(name, cfg.tag) if family and cfg.source != "hf-hub" else None
         accuracy = published.top1 if published else None
         file = fetch_from_hub(str(cfg.hf_hub_id), accuracy=accuracy, filename=cfg.hf_hub_filename, cache_dir=cache_dir)
+    elif file is None and cfg.url:
+        file = fetch(str(cfg.url), cache_dir)
     if file is None:
-        reason = f" ({family.unpublished})" if family.unpublished else ""
+        reason = f" ({family.unpublished})" if family and family.unpublished else ""
         raise ValueError(
-            f"{variant} has no published weights{reason}; load a file of your own through checkpoint_path, train it, "
+            f"{name} has no published weights{reason}; load a file of your own through checkpoint_path, train it, "
             "or take a model that has them, such as vil2_tiny_patch16_224"
         )
     return Weights(load_state_dict(file, ema=ema), file.name)

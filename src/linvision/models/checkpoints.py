@@ -1,67 +1,23 @@
-"""Checkpoints: loaded as data only, renamed by a table, held against the model with errors that name the keys.
+"""Checkpoints: renamed by a table, held against the model with errors that name the keys, and loaded.
 
-Files are safetensors or torch pickles of tensors and plain containers, in any of the layouts of the field: a bare state
-dict, or one under "state_dict" or "model" beside an optimiser, arguments and an exponential moving average (EMA). A
-pickle that carries code is refused and nothing of it is run.
+``weight_files`` reads the files, ``downloads`` fetches them.
 """
 
-import argparse
-import os
-import pickle
-import re
-import urllib.error
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
-from timm.models import adapt_input_conv, clean_state_dict
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from linvision.errors import CheckpointError, DownloadError
+from linvision.errors import CheckpointError
+from linvision.models.downloads import fetch
+from linvision.models.weight_files import StateDict, load_state_dict, some
 
-StateDict = dict[str, Tensor]
+__all__ = ["KeyTable", "Release", "StateDict", "fetch", "load_state_dict", "load_weights", "rename"]
 
-WEIGHT_KEYS = ("state_dict", "model")
-EMA_KEYS = ("state_dict_ema", "model_ema")
-
-
-def load_state_dict(path: str | Path, *, ema: bool = False) -> StateDict:
-    """Read the weights of a checkpoint file as a flat state dict on the CPU.
-
-    Args:
-        path: a .safetensors file, or a torch file (.pth, .th, .pt, ...) of tensors and plain containers.
-        ema: take the exponential moving average that the file carries beside the weights.
-
-    Raises:
-        FileNotFoundError: where there is no such file.
-        CheckpointError: for a truncated or foreign file, one that holds code, or one without weights (or EMA weights).
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint file {path}")
-    return unwrap(_read(path), path.name, ema=ema)
-
-
-def unwrap(content: Any, name: str, *, ema: bool = False) -> StateDict:
-    """Find the state dict in what a checkpoint file holds; ``name`` is for the messages."""
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{name} holds a {type(content).__name__} where a state dict is needed")
-    keys = [key for key in (EMA_KEYS if ema else WEIGHT_KEYS) if isinstance(content.get(key), Mapping)]
-    if ema and not keys:
-        raise CheckpointError(f"{name} has no EMA weights ({' or '.join(EMA_KEYS)}); load it without ema")
-    state_dict = clean_state_dict(dict(content[keys[0]] if keys else content))
-    foreign = sorted(str(key) for key, value in state_dict.items() if not isinstance(value, Tensor))
-    if foreign or not state_dict:
-        found = f"keys that are no tensors: {_some(foreign)}" if foreign else "nothing"
-        raise CheckpointError(f"{name} is no state dict: it holds {found}")
-    return state_dict
-
-
+EXTRACTED = "model."  # prefix of what timm's feature extractors hold
 KeyTable = dict[str, str | None]  # start of a released key -> start of the model's; None: dropped on purpose
 
 
@@ -129,13 +85,17 @@ def load_weights(
         drop_head: leave the model's own classifier as it is, whatever the file has there.
 
     Raises:
-        CheckpointError: names missing and unknown keys and shapes that differ.
+        CheckpointError: names missing and unknown keys, and shapes and kinds of numbers that differ.
     """
     described = (cfg if cfg is not None else getattr(model, "pretrained_cfg", None)) or {}
     heads = tuple(f"{head}." for head in _names(described.get("classifier") or "head"))
     own = model.state_dict()
     if release is not None:
         state_dict = release.own_keys(state_dict)
+    if all(key.startswith(EXTRACTED) for key in own):  # its prefix was taken for that of a wrapper
+        state_dict = {f"{EXTRACTED}{key.removeprefix(EXTRACTED)}": x for key, x in state_dict.items()}
+    what = f"{name} does not fit {type(model).__name__}"
+    _check_kinds(state_dict, own, what)
     if not any(key.startswith(heads) for key in own):
         parts = (*heads, *(f"{part}." for part in getattr(model, "classifier_parts", ())))
         without = tuple(part for part in parts if not any(key.startswith(part) for key in own))
@@ -146,8 +106,22 @@ def load_weights(
         state_dict = {key: x for key, x in state_dict.items() if not key.startswith(heads)}
         own = {key: x for key, x in own.items() if not key.startswith(heads)}
     state_dict = _adapt_channels(state_dict, own, _names(described.get("first_conv") or ()))
-    _check_fit(state_dict, own, f"{name} does not fit {type(model).__name__}", heads)
+    _check_fit(state_dict, own, what, heads)
     model.load_state_dict(state_dict, strict=False)
+
+
+def _check_kinds(state_dict: StateDict, own: StateDict, what: str) -> None:
+    """Raise CheckpointError for integers where the model has fractions, say; whole numbers may be stored as floats."""
+    differing = sorted(key for key in state_dict.keys() & own.keys() if not _is_alike(state_dict[key], own[key]))
+    if differing:
+        shown = [f"{key} {state_dict[key].dtype} in the file, {own[key].dtype} in the model" for key in differing]
+        raise CheckpointError(f"{what}: {len(shown)} keys differ in their kind of numbers: {some(shown)}")
+
+
+def _is_alike(x: Tensor, own: Tensor) -> bool:
+    if x.is_floating_point() and not own.is_floating_point():
+        return own.dtype != torch.bool and torch.equal(x, x.round())
+    return x.is_floating_point() == own.is_floating_point() and (x.dtype == torch.bool) == (own.dtype == torch.bool)
 
 
 def _check_fit(state_dict: StateDict, own: StateDict, what: str, heads: tuple[str, ...]) -> None:
@@ -160,65 +134,16 @@ def _check_fit(state_dict: StateDict, own: StateDict, what: str, heads: tuple[st
         f"{key} {tuple(state_dict[key].shape)} in the file, {tuple(own[key].shape)} in the model" for key in differing
     ]
     parts = [("differ in shape", shapes), ("are missing", missing), ("are unknown to the model", unknown)]
-    problems = "; ".join(f"{len(keys)} keys {how}: {_some(keys)}" for how, keys in parts if keys)
+    problems = "; ".join(f"{len(keys)} keys {how}: {some(keys)}" for how, keys in parts if keys)
     head_only = all(key.startswith(heads) for key in (*missing, *unknown, *differing))
     hint = "; drop_head=True keeps the model's own classifier" if head_only else ""
     raise CheckpointError(f"{what}: {problems}{hint}")
 
 
-def fetch(url: str, folder: str | Path | None = None) -> Path:
-    """Download published weights, with a progress bar, and check that they can be read.
-
-    Args:
-        url: of the file.
-        folder: where it is kept; None for the torch hub cache.
-
-    Raises:
-        DownloadError: without a network or with a damaged download; names the URL and where to put the file by hand.
-    """
-    folder = Path(torch.hub.get_dir()) / "checkpoints" if folder is None else Path(folder)
-    target = folder / url.rsplit("/", 1)[-1]
-    if target.is_file():
-        return target
-    partial = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(partial), progress=True)
-        load_state_dict(partial)
-        partial.replace(target)
-    except (urllib.error.URLError, OSError, CheckpointError) as error:
-        raise DownloadError(
-            f"could not download {url} ({error}); fetch it by other means and save it as {target}, "
-            f"or pass its path as checkpoint_path"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return target
-
-
-def _read(path: Path) -> Any:
-    path.open("rb").close()  # a file that may not be read is another fault than one that is damaged
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        if code:
-            reason = f"it holds more than tensors and plain containers ({code[1]}), which could run code on loading"
-        else:
-            reason = "it is truncated, or no checkpoint of tensors and plain containers"
-        raise CheckpointError(f"{path.name} is refused: {reason}") from None
-    except (SafetensorError, EOFError, RuntimeError, OSError, BadZipFile, ValueError, KeyError, IndexError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path.name} is refused: it is truncated or no checkpoint ({reason})") from error
-
-
 def _adapt_channels(state_dict: StateDict, own: StateDict, first_convs: tuple[str, ...]) -> StateDict:
     """Adapt first convolutions of 3 channels to the model's number of channels."""
     for key in (f"{conv}.weight" for conv in first_convs):
-        if key in state_dict and key in own and state_dict[key].ndim > 1:
+        if key in state_dict and key in own and state_dict[key].ndim == own[key].ndim == 4:
             wanted = own[key].shape[1]
             if state_dict[key].shape[1] == 3 != wanted:
                 state_dict = {**state_dict, key: adapt_input_conv(wanted, state_dict[key])}
@@ -227,7 +152,3 @@ def _adapt_channels(state_dict: StateDict, own: StateDict, first_convs: tuple[st
 
 def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
-
-
-def _some(keys: list[str], most: int = 4) -> str:
-    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")

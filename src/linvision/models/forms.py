@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
-from linvision.ops import LayerNormParameters, LinearParameters, current_backend
+from linvision.ops import LayerNormParameters, LinearParameters
+from linvision.ops.dispatch import is_traceable
 
 Compute = Callable[..., Any]
 # "inference": no gradients, and nothing within the layer is in training mode. "training": anywhere else as well.
@@ -69,7 +70,7 @@ def form_of_stack(layers: nn.ModuleList) -> Compute | None:
 
 def _form(kind: type[nn.Module], when: When) -> Compute | None:
     """Look up a form; where definitions are to run there is none."""
-    return FORMS.get((kind, when)) if _in_use and current_backend() != "reference" else None
+    return FORMS.get((kind, when)) if _in_use and not is_traceable() else None
 
 
 @contextmanager

@@ -1,17 +1,25 @@
 """The Hugging Face hub: published files fetched by repository, and models shared in timm's form."""
 
+import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from timm.models import load_model_config_from_hf, push_to_hf_hub
-from timm.models._hub import load_model_config_from_path, save_for_hf
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from timm.models import PretrainedCfg, load_model_config_from_hf
+from timm.models._hub import generate_readme, load_model_config_from_path, save_for_hf
 from torch import nn
 
 from linvision.errors import CheckpointError, DownloadError
+from linvision.files import write_json, write_text
+from linvision.models.downloads import damage_of
 
 WEIGHT_FILES = ["*.safetensors", "*.pth", "*.pt", "*.bin"]
+# What ``linvision.create_model`` asks of the weights, in words that no constructor knows.
+WEIGHT_OPTIONS = ("weights", "drop_head", "ema")
 SHARED_FILES = ("model.safetensors", "pytorch_model.bin")  # what timm and ``push_to_hub`` call them, the first first
 
 
@@ -31,45 +39,74 @@ def fetch_from_hub(
     """
     repo_id, _, revision = repo_id.partition("@")
     named = filename or (f"*{accuracy:.1f}*".replace(".", "p") if accuracy is not None else None)
-    place: dict[str, Any] = {} if cache_dir is None else {"cache_dir": cache_dir}
-    tried: list[Path] = []
-    for patterns in [[named], WEIGHT_FILES] if named else [WEIGHT_FILES]:
-        try:
-            folder = huggingface_hub.snapshot_download(
-                repo_id, revision=revision or None, allow_patterns=patterns, **place
-            )
-        except (OSError, HfHubHTTPError, HFValidationError) as error:
-            raise DownloadError(
-                f"could not download {repo_id} from the Hugging Face hub ({str(error).splitlines()[0]}); fetch a file "
-                f"of https://huggingface.co/{repo_id} by other means and pass its path as checkpoint_path"
-            ) from error
-        tried = _weight_files(Path(folder), patterns)
-        if len(tried) == 1:
-            return tried[0]
-    found = ", ".join(path.name for path in tried) or "no weight files"
-    raise DownloadError(f"{repo_id} holds {found}: download the right one and pass its path as checkpoint_path")
+    options: dict[str, Any] = {"revision": revision or None}
+    if cache_dir is not None:
+        options["cache_dir"] = cache_dir
+    found: list[Path] = []
+    for patterns in [[named] if named else [SHARED_FILES[0]], WEIGHT_FILES]:
+        folder = _snapshot(repo_id, patterns, options)
+        found = _weight_files(folder, patterns)
+        if len(found) == 1 and _is_damaged(found[0]):
+            found = _weight_files(_snapshot(repo_id, patterns, {**options, "force_download": True}), patterns)
+            if _is_damaged(found[0]):
+                raise DownloadError(f"{found[0].resolve()} of {repo_id} is damaged again: remove it, and try once more")
+        if len(found) == 1:
+            return found[0]
+    names = ", ".join(path.name for path in found) or "no weight files"
+    raise DownloadError(f"{repo_id} holds {names}: download the right one and pass its path as checkpoint_path")
 
 
-def architecture_of(source: str) -> tuple[str, dict[str, Any]]:
-    """Return the registered name of a shared model, and the arguments that its constructor got.
+def _snapshot(repo_id: str, patterns: list[str], options: dict[str, Any]) -> Path:
+    try:
+        return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=patterns, **options))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise DownloadError(
+            f"could not download {repo_id} from the Hugging Face hub ({str(error).splitlines()[0]}); fetch a file "
+            f"of https://huggingface.co/{repo_id} by other means and pass its path as checkpoint_path"
+        ) from error
+
+
+def _is_damaged(path: Path) -> bool:
+    """Hold a file of the hub's cache against its SHA-256, which is its name there where the hub has published one."""
+    blob = path.resolve()
+    return re.fullmatch("[0-9a-f]{64}", blob.name) is not None and damage_of(blob, blob.name) is not None
+
+
+def shared_description(source: str, cache_dir: str | Path | None = None) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """Return timm's description of a shared model, its registered name, and its constructor's arguments.
 
     Args:
-        source: "hf-hub:owner/name" or "local-dir:folder".
+        source: "hf-hub:owner/name@revision" or "local-dir:folder".
+        cache_dir: another cache than the hub's own.
 
     Raises:
         CheckpointError: its config.json is missing or damaged.
         DownloadError: it cannot be fetched.
     """
     kind, _, place = source.partition(":")
-    load = load_model_config_from_hf if kind == "hf-hub" else load_model_config_from_path
     try:
-        _, name, model_kwargs = load(place)
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise DownloadError(f"could not get {source}: {str(error).splitlines()[0]}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{source} has no sound config.json: {error}") from error
+        if kind == "local-dir":
+            cfg, name, arguments = load_model_config_from_path(Path(place))
+        else:
+            cfg, name, arguments = load_model_config_from_hf(place, cache_dir=cache_dir)
+        described = PretrainedCfg(**{**cfg, "state_dict": None})
+        channels, height, width = map(int, described.input_size)
+        if min(channels, height, width, described.num_classes + 1) < 1:
+            raise ValueError(f"input_size {described.input_size} and {described.num_classes} classes")
+        return described.to_dict(), str(name), dict(arguments or {})
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise DownloadError(f"could not get {source} from the Hugging Face hub ({reason})") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        what = f"no entry {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        raise CheckpointError(f"{source} has no sound config.json, as save_pretrained writes: {what}") from error
+
+
+def architecture_of(source: str) -> tuple[str, dict[str, Any]]:
+    """Return a shared model's registered name and its constructor's arguments; errors of ``shared_description``."""
+    _, name, arguments = shared_description(source)
     own = {"num_classes", "drop_head", "ema"}  # what every caller says for itself
-    return name, {key: value for key, value in (model_kwargs or {}).items() if key not in own}
+    return name, {key: value for key, value in arguments.items() if key not in own}
 
 
 def weights_in(folder: Path) -> Path:
@@ -96,25 +133,56 @@ def push_to_hub(
     model: nn.Module,
     repo_id: str,
     *,
+    labels: Sequence[str] | None = None,
     private: bool = False,
     revision: str | None = None,
     commit_message: str = "Add model",
 ) -> None:
     """Upload a model to the Hugging Face hub in timm's form, as safetensors; ``create_model("hf-hub:...")`` reads it.
 
-    Needs a login (``huggingface-cli login``) with write access to ``repo_id``.
+    Needs a login (``huggingface-cli login``) with write access to ``repo_id``. ``labels`` are the classes' names, in
+    the order of the logits; None for those that the model came with.
     """
-    push_to_hf_hub(
-        model,
-        repo_id,
-        private=private,
-        revision=revision,
-        commit_message=commit_message,
-        safe_serialization=True,
-        model_card={"description": f"{type(model).__name__}, trained with linvision.", "license": "unknown"},
-    )
+    api = huggingface_hub.HfApi(library_name="linvision")
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    has_card = api.file_exists(repo_id=repo_id, filename="README.md", revision=revision)
+    with TemporaryDirectory() as folder:
+        save_pretrained(model, folder, labels=labels)
+        if not has_card:
+            card = {"description": f"{type(model).__name__}, trained with linvision.", "license": "unknown"}
+            write_text(Path(folder) / "README.md", generate_readme(card, repo_id.partition("/")[2]))
+        api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message)
 
 
-def save_pretrained(model: nn.Module, folder: str | Path) -> None:
-    """Write a model into a folder as ``push_to_hub`` uploads it; ``create_model("local-dir:...")`` reads it."""
-    save_for_hf(model, str(folder), safe_serialization=True)
+def save_pretrained(model: nn.Module, folder: str | Path, *, labels: Sequence[str] | None = None) -> None:
+    """Write a model into a folder as ``push_to_hub`` uploads it; ``create_model("local-dir:...")`` reads it.
+
+    So do timm, and ``AutoModelForImageClassification`` and ``pipeline`` of transformers.
+
+    Args:
+        model: made by ``create_model``, with its classifier.
+        folder: made where there is none.
+        labels: the classes' names, in the order of the logits; None for those that the model came with.
+
+    Raises:
+        ValueError: there are more or fewer labels than classes, or two of one name.
+    """
+    cfg: dict[str, Any] | None = getattr(model, "pretrained_cfg", None)
+    if cfg is None:
+        raise ValueError(f"{type(model).__name__} has no pretrained_cfg: share a model that create_model has made")
+    if labels is None:
+        known = cfg.get("label_names") or ()
+        labels = list(known) if len(known) == model.num_classes else None
+    elif len(labels) != model.num_classes or len(set(labels)) < len(labels):
+        raise ValueError(f"{len(labels)} labels for {model.num_classes} classes: give one name of its own to each")
+    recorded: dict[str, Any] = getattr(model, "_model_args", {})  # by newer versions of timm
+    for name in WEIGHT_OPTIONS:
+        recorded.pop(name, None)
+    described = {"label_names": list(labels)} if labels is not None else None
+    arguments = getattr(model, "constructor_args", None)
+    save_for_hf(model, str(folder), model_config=described, model_args=arguments, safe_serialization=True)
+    # The number of classes stands beside the arguments; transformers would give it twice.
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.get("model_args", {}).pop("num_classes", None)
+    write_json(path, config)

@@ -1,7 +1,10 @@
 """Patches of an image as tokens of a grid: what plain backbones share."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
+
+torch.fx.wrap("patch_grid")  # torch.fx cannot look into it
 
 
 class PatchEmbed(nn.Module):
@@ -19,6 +22,20 @@ class PatchEmbed(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Embed images (B, in_chans, H, W) as a grid of tokens (B, rows, columns, dim), channels last in meaning."""
         return self.proj(image).permute(0, 2, 3, 1)
+
+
+def check_image(image: Tensor, in_chans: int, model: str) -> Tensor:
+    """Return what is a batch of images (B, in_chans, H, W).
+
+    Raises:
+        ValueError: it is none.
+    """
+    if image.ndim != 4 or image.shape[1] != in_chans:
+        raise ValueError(
+            f"{model} takes images of shape (B, {in_chans}, H, W) but got {tuple(image.shape)}; "
+            f"build the model with in_chans={image.shape[1] if image.ndim == 4 else 'N'} for other channel counts"
+        )
+    return image
 
 
 def pair(sides: int | tuple[int, int]) -> tuple[int, int]:

@@ -6,21 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from timm.models import PretrainedCfg, get_pretrained_cfg, is_model, split_model_name_tag
 from torch import nn
 
-from linvision.errors import DownloadError, UnknownNameError, did_you_mean
+from linvision.errors import CheckpointError, UnknownNameError, nearest, suggestion
 from linvision.models.builder import Family, Weights
-from linvision.models.checkpoints import StateDict, load_state_dict, load_weights
+from linvision.models.checkpoints import load_weights
 from linvision.models.counts import counts
 from linvision.models.deit3 import variants as deit3
+from linvision.models.hub import shared_description
 from linvision.models.l2vit import variants as l2vit
+from linvision.models.timm_models import create_timm_model, read_checkpoints_of
 from linvision.models.vil import variants as vil
 from linvision.models.vim import variants as vim
+from linvision.models.weight_files import StateDict, load_state_dict
 
-FEATURE_OPTIONS = ("features_only", "out_indices", "feature_cls")
 SOURCES = ("hf-hub:", "local-dir:")  # of models that carry their own weights and description
+NEAR = 0.7  # how similar a name has to be to be guessed at
 FAMILIES: tuple[Family, ...] = (vil.FAMILY, vim.FAMILY, l2vit.FAMILY, deit3.FAMILY)
 
 
@@ -33,14 +35,14 @@ def list_models(pattern: str = "*") -> list[str]:
 def resolve_name(name: str) -> str:
     """Turn a published alias into the registered name; timm's names and ``hf-hub:`` ones stay as they are.
 
+    Capitals do not matter, nor whether words are joined by "-" or "_".
+
     Raises:
         UnknownNameError: for a name that nobody knows, with the nearest ones.
     """
     aliases = {alias: target for family in FAMILIES for alias, target in family.aliases.items()}
-    if name in aliases:
-        return aliases[name]
-    if name.startswith(SOURCES):
-        return name
+    if name in aliases or name.startswith(SOURCES):
+        return aliases.get(name, name)
     arch, tag = split_model_name_tag(name)
     if is_model(arch):
         tagged = [known for known in (*list_models(), *timm.list_pretrained()) if known.startswith(f"{arch}.")]
@@ -53,7 +55,16 @@ def resolve_name(name: str) -> str:
         *(split_model_name_tag(known)[0] for known in list_models()),
         *timm.list_models(),
     ]
-    raise UnknownNameError(f"unknown model {name!r}{did_you_mean(name, known)}")
+    spelled = {_spelling(known): known for known in (*list_models(), *aliases)}.get(_spelling(name))
+    if spelled is not None:
+        return aliases.get(spelled, spelled)
+    longer = sorted({each for each in known if _spelling(each).startswith(_spelling(name))}, key=lambda x: (len(x), x))
+    raise UnknownNameError(f"unknown model {name!r}{suggestion(longer[:3] or nearest(name, known, cutoff=NEAR))}")
+
+
+def _spelling(name: str) -> str:
+    """Reduce a name to what its spellings share: ``vil2_tiny`` and ``VIL2-Tiny`` are one name."""
+    return name.lower().replace("-", "_")
 
 
 def has_weights(name: str) -> bool:
@@ -95,35 +106,26 @@ def create_model(
         raise ValueError("give pretrained=True or checkpoint_path, not both")
     if revision is not None:
         overrides["pretrained_cfg_overlay"] = _pinned(name, revision, overrides.get("pretrained_cfg_overlay"))
-    if checkpoint_path is not None:
-        path = Path(checkpoint_path)
-        return _with_weights(name, Weights(load_state_dict(path, ema=ema), path.name), drop_head, overrides)
+    path = None if checkpoint_path is None else Path(checkpoint_path)
+    weights = None if path is None else Weights(load_state_dict(path, ema=ema), path.name)
+    if name.startswith(SOURCES):
+        cfg, name, arguments = shared_description(name, overrides.get("cache_dir"))
+        if not is_model(name):
+            raise CheckpointError(f"its config.json names an architecture that nobody knows, {name!r}")
+        overrides = {"pretrained_cfg": cfg, **arguments, **overrides}
+        pretrained = weights is None
     if _family(name) is not None:
-        overrides |= {"drop_head": drop_head, "ema": ema}
-    try:
-        return timm.create_model(name, pretrained=pretrained or name.startswith(SOURCES), **overrides)
-    except (LocalEntryNotFoundError, HfHubHTTPError) as error:
-        reason = str(error).splitlines()[0]
-        raise DownloadError(f"could not get {name} from the Hugging Face hub ({reason})") from error
-
-
-def _with_weights(name: str, weights: Weights, drop_head: bool, overrides: dict[str, Any]) -> nn.Module:
-    if _family(name) is not None:
-        return timm.create_model(name, weights=weights, drop_head=drop_head, **overrides)
-    feature_options = {key: overrides.pop(key) for key in FEATURE_OPTIONS if key in overrides}
-    model = timm.create_model(name, **overrides)
-    load_weights(model, weights.state_dict, weights.name, drop_head=drop_head)
-    if not feature_options.get("features_only"):
-        return model
-    # timm's feature extractors rename and drop keys each in its own way, after loading what it takes for a file.
-    overlay = {**(overrides.pop("pretrained_cfg_overlay", None) or {}), "state_dict": model.state_dict()}
-    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **overrides, **feature_options)
+        options = {"weights": weights, "drop_head": drop_head, "ema": ema}
+        return timm.create_model(name, pretrained=pretrained, **options, **overrides)
+    if weights is None and not pretrained:
+        return timm.create_model(name, **overrides)
+    return create_timm_model(name, weights, drop_head=drop_head, ema=ema, **overrides)
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, *, drop_head: bool = False, ema: bool = False) -> None:
     """Load a checkpoint file into a model made by ``create_model``; arguments and errors as there."""
     path = Path(path)
-    family = _family((getattr(model, "pretrained_cfg", None) or {}).get("architecture") or "")
+    family = _family_of(model)
     release = family.release if family else None
     load_weights(model, load_state_dict(path, ema=ema), path.name, release=release, drop_head=drop_head)
 
@@ -189,6 +191,10 @@ def _family(name: str) -> Family | None:
     return next((family for family in FAMILIES if arch in family.default_cfgs), None)
 
 
+def _family_of(model: nn.Module) -> Family | None:
+    return _family((getattr(model, "pretrained_cfg", None) or {}).get("architecture") or "")
+
+
 def _pinned(name: str, revision: str, overlay: dict[str, Any] | None) -> dict[str, Any]:
     """Pin a model of the hub to a revision."""
     hub_id = _pretrained_cfg(name).hf_hub_id
@@ -199,3 +205,6 @@ def _pinned(name: str, revision: str, overlay: dict[str, Any] | None) -> dict[st
 
 def _pretrained_cfg(name: str) -> PretrainedCfg:
     return get_pretrained_cfg(name) or PretrainedCfg()
+
+
+read_checkpoints_of(_family_of, load_checkpoint)

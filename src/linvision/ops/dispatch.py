@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from linvision.errors import BackendError
 from linvision.ops import backends
@@ -57,8 +58,19 @@ class Dispatcher:
         OPS[op] = self
 
     def form(self) -> Callable[..., Any] | None:
-        """Return the form that ``use_backend`` asks for; None where an implementation is to run."""
-        return self.forms.get(_chosen)
+        """Return the form that ``use_backend`` asks for, or is needed here; None where an implementation is to run.
+
+        What derives or traces operators in a way that they know nothing of is shown the reference form.
+
+        Raises:
+            BackendError: a backend was forced.
+        """
+        form = self.forms.get(_chosen)
+        if form is None and (reason := _needs_reference()):
+            if _chosen in backends.BACKENDS and self.of(_chosen) is not self.expression:
+                raise BackendError(f"{self.op}: backend {_chosen!r} cannot run {reason}; use 'auto' or 'reference'")
+            return self.expression.form
+        return form
 
     def inlined(self, x: Tensor, *others: Tensor, inference_only: bool = False) -> Callable[..., Any] | None:
         """Return the form that is to stand where the op is called; None where an implementation is to run.
@@ -71,10 +83,10 @@ class Dispatcher:
             others: further tensors that implementations want to see.
             inference_only: whether kernels compute no gradients, and stand for what compilers fuse by themselves.
         """
-        form = self.forms.get(_chosen)
+        form = self.form()
         if form is not None:
             return form
-        if inference_only and not _infers(x, *others):
+        if inference_only and not _infers(x):
             return self.expression.form
         if _chosen in backends.BACKENDS and self.of(_chosen) is None:
             return self.expression.form
@@ -91,8 +103,10 @@ class Dispatcher:
         Its functions are for the op and its implementations to agree on.
 
         Raises:
-            BackendError: a backend was forced that cannot.
+            BackendError: a backend was forced that cannot, or forward-mode derivatives are asked for.
         """
+        if forward_ad._current_level >= 0:
+            raise BackendError(f"linvision::{self.op} has no forward-mode derivative: call it through linvision.ops")
         if _chosen in backends.BACKENDS:
             return self._forced(_chosen, x, *others)
         op, device = self.op, x.device.type
@@ -142,14 +156,28 @@ class Dispatcher:
             _logger.warning(message)
 
 
-def _infers(x: Tensor, *others: Tensor) -> bool:
-    """Say whether nobody follows what is computed: no gradient of either mode, no compiler, no autocast."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or autocasts(x):
-        return False
-    for tensor in (x, *others):  # noqa: SIM110 - a generator takes as long as all the rest of this
-        if unpack_dual(tensor).tangent is not None:
-            return False
-    return True
+def _infers(x: Tensor) -> bool:
+    """Say whether nobody follows what is computed: no gradient, no compiler, no autocast."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or autocasts(x))
+
+
+@torch.compiler.assume_constant_result  # compiled graphs are guarded by what they are derived and traced by
+def _needs_reference() -> str:
+    """Say under what operators with kernels cannot run, or nothing."""
+    if torch._C._are_functorch_transforms_active():
+        return "under the transforms of torch.func"
+    if forward_ad._current_level >= 0:
+        return "with forward-mode derivatives"
+    if torch.jit.is_tracing():
+        return "in torch.jit.trace"
+    if is_fx_symbolic_tracing():
+        return "in torch.fx"
+    return "in an export to ONNX" if torch.onnx.is_in_onnx_export() else ""
+
+
+def is_traceable() -> bool:
+    """Say whether all is to be plain PyTorch here, by choice or since something follows it that knows no kernels."""
+    return _chosen == "reference" or bool(_needs_reference())
 
 
 def backend_names() -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from linvision.ops.autocast import without_autocast
 from linvision.ops.checks import ANY, SAME, check, check_axes
-from linvision.ops.dispatch import current_backend
+from linvision.ops.dispatch import is_traceable
 
 MIN_DENOMINATOR = 100.0
 
@@ -48,7 +48,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Te
         ("temperature", temperature, "(H, 1, 1)", (q.shape[2], 1, 1), ANY),
     )
     # The copies of q and k are rectified where they are, a twentieth of the time, but in the reference form.
-    return _linear_attention(q, k, v, temperature, F.relu if current_backend() == "reference" else torch.relu_)
+    return _linear_attention(q, k, v, temperature, F.relu if is_traceable() else torch.relu_)
 
 
 @without_autocast

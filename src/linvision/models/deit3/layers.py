@@ -8,8 +8,11 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from linvision.models.patches import patch_grid
+from linvision.models.patches import check_image, patch_grid
 from linvision.models.recompute import run_recomputed
+
+for _name in ("check_image", "patch_grid"):  # torch.fx cannot look into them
+    torch.fx.wrap(_name)
 
 
 def sine_cosine_table(dim: int, grid: tuple[int, int]) -> Tensor:
@@ -33,10 +36,8 @@ class CheckedPatchEmbed(PatchEmbed):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed images (B, in_chans, H, W)."""
-        in_chans = self.proj.weight.shape[1]
-        if x.ndim != 4 or x.shape[1] != in_chans:
-            raise ValueError(f"DeiT3 takes images of shape (B, {in_chans}, H, W) but got {tuple(x.shape)}")
         height, width = self.proj.kernel_size
+        x = check_image(x, self.proj.in_channels, "DeiT3")
         patch_grid((x.shape[2], x.shape[3]), (height, width), (height, width))
         return super().forward(x)
 

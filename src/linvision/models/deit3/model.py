@@ -5,11 +5,12 @@ has no position. The release fixes the position table to sines and cosines of th
 parameter that takes no gradient, so that timm's resizing to other image sizes finds it.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from timm.layers import resample_abs_pos_embed
 from timm.models import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from linvision.models.deit3.layers import (
     CheckedPatchEmbed,
@@ -18,6 +19,8 @@ from linvision.models.deit3.layers import (
     sine_cosine_table,
 )
 from linvision.models.patches import pair, patch_grid
+
+torch.fx.wrap("resample_abs_pos_embed")  # torch.fx cannot look into it
 
 
 class DeiT3(VisionTransformer):
@@ -75,6 +78,29 @@ class DeiT3(VisionTransformer):
         patch_grid(size, patch, patch)
         super().set_input_size(img_size=size, patch_size=patch)
         self.pos_embed.requires_grad_(False)
+
+    def forward_intermediates(
+        self, x: Tensor, indices: Any = None, return_prefix_tokens: bool = False, norm: bool = False,
+        stop_early: bool = False, output_fmt: str = "NCHW", intermediates_only: bool = False, **options: Any,
+    ) -> Any:  # fmt: skip
+        """Return timm's feature maps, of a batch without images as well."""
+        arguments = {"indices": indices, "norm": norm, "stop_early": stop_early, **options}
+        if output_fmt != "NCHW" or return_prefix_tokens or options:
+            arguments |= {"return_prefix_tokens": return_prefix_tokens, "output_fmt": output_fmt}
+            return super().forward_intermediates(x, intermediates_only=intermediates_only, **arguments)
+        rows, columns = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
+        final, tokens = super().forward_intermediates(x, output_fmt="NLC", **arguments)
+        maps = [each.unflatten(1, (rows, columns)).permute(0, 3, 1, 2).contiguous() for each in tokens]
+        return maps if intermediates_only else (final, maps)
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """Add positions to patches (B, rows, columns, D), and the class token before them: what timm asks for here."""
+        grid = (x.shape[1], x.shape[2])
+        positions = resample_abs_pos_embed(
+            self.pos_embed, new_size=grid, old_size=self.patch_embed.grid_size, num_prefix_tokens=0
+        )
+        x = x.flatten(1, 2) + positions
+        return self.pos_drop(torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1))
 
     def set_grad_checkpointing(self, enable: bool = True, *, selective: bool = False) -> None:
         """Recompute each block in the backward pass, with ``selective`` only what is cheap; see ``Backbone``."""

@@ -24,9 +24,12 @@ def is_released(state_dict: StateDict) -> bool:
 
 def fit(state_dict: StateDict, model: nn.Module) -> StateDict:
     """Resize the position table to the model's grid."""
-    table, grid = state_dict.get("pos_embed"), model.patch_embed.grid_size if isinstance(model, DeiT3) else None
-    if table is None or grid is None or table.ndim != 3 or table.shape[1] == grid[0] * grid[1]:
+    table = state_dict.get("pos_embed")
+    if table is None or not isinstance(model, DeiT3) or table.ndim != 3 or table.shape == model.pos_embed.shape:
         return state_dict
+    if table.shape[::2] != model.pos_embed.shape[::2] or not table.numel():
+        return state_dict
+    grid = model.patch_embed.grid_size
     columns = _columns(table)
     if columns is None:
         return state_dict
@@ -36,7 +39,8 @@ def fit(state_dict: StateDict, model: nn.Module) -> StateDict:
 
 def flat_positions(state_dict: StateDict) -> StateDict:
     """Lay a released position table (1, rows, columns, D) out as timm's, (1, rows * columns, D)."""
-    return {**state_dict, "pos_embed": state_dict["pos_embed"].flatten(1, -2)}
+    table = state_dict["pos_embed"]
+    return {**state_dict, "pos_embed": table.flatten(1, 2)} if table.ndim == 4 else state_dict
 
 
 def gridded_positions(state_dict: StateDict) -> StateDict:

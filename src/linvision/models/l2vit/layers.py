@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from linvision.ops import depthwise_conv2d, linear_attention
 from linvision.ops.fused.window_attention import attend_in_windows, pad_to_multiple
 
+for _name in ("depthwise_conv2d", "linear_attention", "pad_to_multiple"):
+    torch.fx.wrap(_name)  # torch.fx cannot look into them
+
 
 def as_image(x: Tensor) -> Tensor:
     """View (B, H, W, C) as (B, C, H, W) in channels-last layout."""
@@ -85,8 +88,10 @@ class LinearAttention(nn.Module):
 
     def attend(self, qkv: Tensor) -> Tensor:
         """Attend with projected tokens (B, H, W, 3 C)."""
-        q, k, v = qkv.flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        return linear_attention(q, k, v, self.temperature).reshape(*qkv.shape[:3], -1)
+        q, k, v = (
+            qkv.flatten(1, 2).unflatten(-1, (3, self.num_heads, self.proj.in_features // self.num_heads)).unbind(2)
+        )
+        return linear_attention(q, k, v, self.temperature).flatten(2).unflatten(1, qkv.shape[1:3])
 
 
 class LocalConcentration(nn.Module):

@@ -13,6 +13,9 @@ from linvision.ops import BLOCK_SIZE, block_diagonal, causal_conv1d, depthwise_c
 
 NUM_HEADS = 4
 
+for _name in ("block_diagonal", "causal_conv1d", "depthwise_conv2d", "mlstm", "resize_grid"):
+    torch.fx.wrap(_name)  # torch.fx cannot look into them
+
 
 class ResidualLayerNorm(nn.Module):
     """LayerNorm whose scale is stored as a residual: x_hat * (1 + weight) + bias."""

@@ -275,7 +275,7 @@ class VisionLSTM2(_ViL):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool tokens (B, S, D), normalise the pooled vector and classify it."""
         x = self.pool(x)
-        if x.ndim == 3:
+        if self.global_pool not in self.poolings:
             return x
         x = self.legacy_norm(x)
         return x if pre_logits else self.head(self.head_drop(x))
@@ -354,4 +354,5 @@ class VisionLSTM(_ViL):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool tokens (B, S, D), normalise the pooled vector (or, without pooling, all tokens) and classify it."""
         x = self.norm(self.pool(x))
-        return x if pre_logits or x.ndim == 3 else self.head(self.head_drop(x))
+        pooled = self.global_pool in self.poolings
+        return self.head(self.head_drop(x)) if pooled and not pre_logits else x

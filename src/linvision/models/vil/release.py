@@ -4,6 +4,8 @@ Both generations share it. They differ in the convolution, whose weights are ``c
 ``conv1d.weight`` in the second, and in the second two layers of the list are one block of the model.
 """
 
+import re
+
 from torch import nn
 
 from linvision.errors import CheckpointError
@@ -11,6 +13,7 @@ from linvision.models.checkpoints import KeyTable, Release, StateDict
 from linvision.models.patches import resize_grid
 from linvision.models.vil.model import VisionLSTM2
 
+NUMBER = re.compile(r"blocks\.(\d{1,4})\.")
 PAIR = ("rowwise_from_top_left", "rowwise_from_bot_right")
 
 
@@ -29,14 +32,15 @@ def is_second_generation(state_dict: StateDict) -> bool:
 def keys(state_dict: StateDict) -> KeyTable:
     """Return the table of keys for a state dict in either naming."""
     second = is_second_generation(state_dict)
-    numbers = [key.split("blocks.")[1].split(".")[0] for key in state_dict if "blocks." in key]
-    layers = (max(map(int, numbers), default=-1) + 1) * (2 if second and not is_released(state_dict) else 1)
+    layers = {int(found[1]) for key in state_dict if (found := NUMBER.search(key))}
+    if second and not is_released(state_dict):
+        layers = {2 * block + half for block in layers for half in (0, 1)}
     table: KeyTable = {"head.1.": "head."}
     if second:
         table |= {"xlstm.post_blocks_norm.": "norm.", "head.0.": "legacy_norm."}
     else:
         table |= {"xlstm.post_blocks_norm.": "legacy_norm.", "head.0.": "norm."}
-    for j in range(layers):
+    for j in layers:
         layer, block = f"xlstm.blocks.{j}.", f"blocks.{j // 2}.{PAIR[j % 2]}." if second else f"blocks.{j}."
         table |= {f"{layer}xlstm.": f"{block}layer.", f"{layer}xlstm_norm.": f"{block}norm."}
         if second:
@@ -55,7 +59,7 @@ def fit(state_dict: StateDict, model: nn.Module) -> StateDict:
         own, other = ("second", "first") if second else ("first", "second")
         raise CheckpointError(f"the file holds a {other}-generation ViL but the model is of the {own} generation")
     table, own_table = state_dict.get("pos_embed.embed"), model.state_dict()["pos_embed.embed"]
-    if table is None or table.ndim != 4 or table.shape[-1] != own_table.shape[-1]:
+    if table is None or table.ndim != 4 or table.shape[::3] != own_table.shape[::3] or not table.numel():
         return state_dict
     return {**state_dict, "pos_embed.embed": resize_grid(table.float(), (own_table.shape[1], own_table.shape[2]))}
 

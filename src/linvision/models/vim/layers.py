@@ -20,6 +20,9 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # of a scan: u, delta, B, C
 KERNEL_SIZE = 4
 EXPAND = 2
 
+for _name in ("add_residual", "causal_conv1d", "decay", "selective_scan"):
+    torch.fx.wrap(_name)  # torch.fx cannot look into them
+
 
 class RMSNorm(nn.RMSNorm):
     """RMSNorm of a residual that may be of a wider type than the weights; the result has the weights' type."""

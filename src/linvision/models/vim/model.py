@@ -31,6 +31,9 @@ DIRECTIONS = ("v2", "v1", "one-way", "paired")
 CLASS_TOKENS = ("middle", "first", "random", "double", "none")
 POOLINGS = ("token", "avg", "max", "last", "")
 
+for _name in ("add_residual", "resize_positions"):
+    torch.fx.wrap(_name)  # torch.fx cannot look into them
+
 
 class Stream(NamedTuple):
     """What travels between layers."""
@@ -258,10 +261,8 @@ class VisionMamba(Backbone):
 
     def _form_of_sums(self, x: Tensor) -> Compute | None:
         """Return the layers' form that hands on sums, where nothing between the layers would see a difference."""
-        if self.rope is not None or self.layers_per_block > 1 or x.dtype != torch.float32:
-            return None
-        form = form_of_stack(self.layers)
-        return form if form is not None and is_plain(self.drop_path, True) else None
+        form = None if self.rope is not None or self.layers_per_block > 1 else form_of_stack(self.layers)
+        return form if form is not None and x.dtype == torch.float32 and is_plain(self.drop_path, True) else None
 
     def _reordered(self, x: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
         places = torch.arange(x.shape[1], device=x.device)

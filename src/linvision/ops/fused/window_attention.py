@@ -12,6 +12,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import register_flop_formula
 
 from linvision.ops.autocast import autocasts
@@ -19,6 +21,8 @@ from linvision.ops.checks import check, check_axes
 from linvision.ops.dispatch import Dispatcher
 from linvision.ops.fused.linear import layer_rows, normalise, project
 from linvision.ops.parameters import LayerNormParameters, LinearParameters
+
+torch.fx.wrap("pad_to_multiple")  # torch.fx cannot look into it
 
 
 def window_attention(
@@ -66,7 +70,8 @@ def window_attention(
 
 def pad_to_multiple(x: Tensor, divisor: int) -> Tensor:
     """Pad (B, H, W, C) with zeros at the right and the bottom until ``divisor`` divides H and W."""
-    below, right = (-side % divisor for side in x.shape[1:3])
+    # Written as counts, which symbolic sizes keep simple: they know that (n * w) // w is n.
+    below, right = ((side + divisor - 1) // divisor * divisor - side for side in x.shape[1:3])
     return F.pad(x, (0, 0, 0, right, 0, below)) if right or below else x
 
 
@@ -81,12 +86,20 @@ def attend_in_windows(
     """Attend within the windows of tokens (B, H, W, C), without norm and residual sum, in plain PyTorch."""
     (B, H, W, C), w = x.shape, window_size
     x = pad_to_multiple(x, w)
-    tiles = (B, x.shape[1] // w, w, x.shape[2] // w, w, C)
-    windows = x.view(tiles).transpose(2, 3).reshape(-1, w * w, C)
-    q, k, v = qkv(windows).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
-    windows = proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    tiles = (B, (H + w - 1) // w, w, (W + w - 1) // w, w, C)
+    windows = x.view(tiles).transpose(2, 3).reshape(tiles[0] * tiles[1] * tiles[3], w * w, C)
+    q, k, v = qkv(windows).unflatten(-1, (3, num_heads, C // num_heads)).permute(2, 0, 3, 1, 4)
+    windows = proj(_attend(q, k, v).transpose(1, 2).flatten(2))
     x = windows.view(*tiles[:2], tiles[3], w, w, C).transpose(2, 3).reshape(x.shape)
-    return x[:, :H, :W]
+    return x.narrow(1, 0, H).narrow(2, 0, W)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend by torch's kernels; those have no forward-mode derivative, but its matrix products do."""
+    if forward_ad._current_level < 0:
+        return F.scaled_dot_product_attention(q, k, v)
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 def _reference(
