@@ -6,10 +6,10 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextlib.contextmanager
@@ -55,13 +55,15 @@ def _rounded(content: Any, digits: int) -> Any:
     return [_rounded(value, digits) for value in content] if isinstance(content, list | tuple) else content
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file in one piece."""
-    write_text(path, as_json(content, indent=2, digits=17) + "\n")
+def write_json(path: Path, content: Any, *, digits: int = 6) -> None:
+    """Write a JSON file in one piece, numbers to so many digits."""
+    write_text(path, as_json(content, indent=2, digits=digits) + "\n")
 
 
-def write_weights(path: Path, state_dict: dict[str, Tensor]) -> None:
+def write_weights(path: Path, state_dict: "dict[str, Tensor]") -> None:
     """Write a state dict as safetensors in one piece."""
+    import safetensors.torch
+
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state_dict.items()}
     with replacing(path) as temporary:
         temporary.write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))

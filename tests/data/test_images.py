@@ -137,7 +137,7 @@ def test_pixels_are_limited_without_a_warning(tmp_path, monkeypatch):
 
 def test_strips_are_the_whole(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 256, (30, 20, 4), dtype=np.uint8), "RGBA").save(tmp_path / "a.png")
+    Image.fromarray(rng.integers(0, 256, (30, 20, 4), dtype=np.uint8)).save(tmp_path / "a.png")
     Image.fromarray((rng.random((30, 20)) * 300).astype(np.float32)).save(tmp_path / "b.tif")
     whole = [np.asarray(open_image(tmp_path / name)) for name in ("a.png", "b.tif")]
     monkeypatch.setattr(images, "_STRIP_PIXELS", 140)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 
 import pytest
 import torch
@@ -134,3 +135,10 @@ def test_any_size_for_a_linear_model(finished, photos, capfd):
 def test_numbers_below_one(option, photos, capfd):
     assert main(["predict", str(photos), option, "0"]) == 2
     assert f"{option} 0 is out of range: it must be at least 1" in capfd.readouterr().err
+
+
+def test_lines_show_names_that_are_no_utf8_as_escapes(finished, tmp_path, capfd):
+    write_image(tmp_path / "a.png").rename(tmp_path / os.fsdecode(b"caf\xe9\t.png"))
+    for how in ([], ["--csv"], ["--jsonl"]):
+        assert main(["predict", "--model", str(finished), str(tmp_path), *how]) == 0
+        assert (r"caf\udce9\t.png" if how == ["--jsonl"] else r"caf\xe9\x09.png") in capfd.readouterr().out

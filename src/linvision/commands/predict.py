@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from linvision.console import notes, output, with_bar, write_json
 from linvision.devices import Device, available_cpus, choose_device
-from linvision.errors import UsageError
+from linvision.errors import UsageError, printable
 from linvision.files import as_json
 from linvision.tasks import get_task
 from linvision.training.settings import check_ranges
@@ -119,7 +119,7 @@ def _write(predictions: Iterable[Prediction], options: Options, task: "Task") ->
             sys.stdout.write(as_json(one.entry()) + "\n")
             continue
         for row in task.answer_rows(one.answer) if one.answer else []:
-            row = {"image": one.image, **row}
+            row = {"image": printable(one.image), **row}
             if writer is None:
                 writer = csv.DictWriter(sys.stdout, list(row), dialect="unix" if options.csv else "excel-tab",
                                         quoting=csv.QUOTE_MINIMAL, lineterminator="\n")  # fmt: skip

@@ -217,9 +217,9 @@ def _graded(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
 
     Outputs that are no numbers are no prediction: -1, and never right.
     """
-    sound = ~logits.isnan().any(dim=1)
-    top5 = logits.topk(min(5, logits.shape[1])).indices.where(sound[:, None], -1)
     probability = logits.softmax(dim=1).max(dim=1).values
+    sound = ~probability.isnan()
+    top5 = logits.topk(min(5, logits.shape[1])).indices.where(sound[:, None], -1)
     hit = (top5 == labels[:, None]).any(dim=1)
     return top5[:, 0], labels, probability, hit, cross_entropy(logits, labels, reduction="none")
 

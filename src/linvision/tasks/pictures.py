@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from linvision.training.curves import save_figure
+from linvision.training.curves import plain, save_figure
 
 RIGHT, WRONG = "#1b7837", "#c51b29"
 
@@ -32,7 +32,7 @@ def draw_predictions(path: Path, groups: Sequence[Examples], classes: tuple[str,
     columns = min(8, max(len(group.images) for group in groups))
     rows = [-(-len(group.images) // columns) for group in groups]
     figure = Figure(figsize=(1.35 * columns, 1.75 * sum(rows) + 0.4 * len(rows) + 0.3), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(plain(title))
     parts = figure.subfigures(len(groups), 1, squeeze=False, height_ratios=rows)[:, 0]
     for group, count, part in zip(groups, rows, parts, strict=True):
         part.suptitle(group.heading, fontsize=10)
@@ -68,7 +68,7 @@ def draw_confusion(path: Path, confusion: Tensor, classes: tuple[str, ...], titl
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axes, shrink=0.8, label="share of the class")
-    axes.set(title=title, xlabel="predicted", ylabel="true")
+    axes.set(title=plain(title), xlabel="predicted", ylabel="true")
     if labelled:
         names = [_short(name) for name in classes]
         axes.set_xticks(range(len(names)), names, rotation=90)
@@ -93,4 +93,4 @@ def _spread(indices: Tensor, count: int) -> Tensor:
 
 
 def _short(name: str, most: int = 16) -> str:
-    return name if len(name) <= most else f"{name[: most - 1]}…"
+    return plain(name if len(name) <= most else f"{name[: most - 1]}…")

@@ -15,7 +15,7 @@ def draw_curves(
 ) -> None:
     """Draw a task's columns over the epochs, and mark the best; the note says how the curves are to be read."""
     figure = Figure(figsize=(4.5 * len(task.curves), 3.6), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(plain(title))
     epochs = [row["epoch"] for row in rows]
     for axes, curve in zip(figure.subplots(1, len(task.curves), squeeze=False)[0], task.curves, strict=True):
         for split, style in (("train", "--"), ("val", "-")):
@@ -32,6 +32,11 @@ def draw_curves(
         axes.legend()
     figure.supxlabel(note, fontsize=8, color="grey")
     save_figure(figure, path)
+
+
+def plain(text: str) -> str:
+    """Return a text that matplotlib takes for no formula: names of data and classes may hold dollar signs."""
+    return text.replace("$", r"\$")
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -164,7 +164,7 @@ class RunFolder:
 
     def save_card(self, card: ModelCard) -> None:
         """Write model.json."""
-        write_json(self.path / "model.json", asdict(card))
+        write_json(self.path / "model.json", asdict(card), digits=17)
 
     def has_card(self) -> bool:
         """Tell whether the run has come to its first step."""
