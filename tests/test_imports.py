@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "commands": {"models", "data", "training", "recipes", "tasks", "bench", "commands", *TOOLS},
     "cli": {"", "commands", *TOOLS},
     "__main__": {"cli"},
-    "__init__": {"ops", "models"},
+    "__init__": {"ops", "models", "tasks"},
 }
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         save_pretrained,
     )
     from linvision.ops import use_backend
+    from linvision.tasks.opened import load_run
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "describe",
     "list_models",
     "load_checkpoint",
+    "load_run",
     "ops",
     "push_to_hub",
     "save_pretrained",
@@ -50,7 +52,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'linvision' has no attribute {name!r}")
     if name == "ops":
         return import_module("linvision.ops")
-    return getattr(import_module("linvision.ops" if name == "use_backend" else "linvision.models"), name)
+    rooms = {"use_backend": "linvision.ops", "load_run": "linvision.tasks.opened"}
+    return getattr(import_module(rooms.get(name, "linvision.models")), name)
 
 
 def __dir__() -> list[str]:

@@ -18,7 +18,7 @@ class Options:
     """What to convert into what.
 
     Attributes:
-        source: a released file, a state dict of the published hub, or safetensors
+        source: a released file, a state dict of the published hub, safetensors, or the folder of a run
         target: the file to write; .safetensors for safetensors, .th, .pth or .pt for a torch file
         model: name of the model, to write a torch file in the layout in which its family is released instead of a
             plain state dict
@@ -43,9 +43,10 @@ def run(options: Options) -> int:
     import torch
 
     from linvision.files import replacing, write_weights
-    from linvision.models import load_state_dict, own_keys, to_release
+    from linvision.models import is_run, load_state_dict, own_keys, read_run, to_release
 
-    state_dict = own_keys(load_state_dict(options.source, ema=options.ema))
+    source = read_run(options.source).weights if is_run(options.source) else options.source
+    state_dict = own_keys(load_state_dict(source, ema=options.ema))
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.suffix == ".safetensors":
         write_weights(target, state_dict)

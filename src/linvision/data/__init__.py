@@ -5,7 +5,7 @@ from linvision.data.augment import Augment, Changes, augment
 from linvision.data.batches import Batches, Decoded, class_weights, worker_failures
 from linvision.data.catalog import DATASETS, open_data, open_test_data
 from linvision.data.folders import FolderData
-from linvision.data.images import MAX_PIXELS, find_images, open_image
+from linvision.data.images import MAX_PIXELS, find_images, open_image, upright_rgb
 from linvision.data.preprocess import Preprocess
 from linvision.errors import UnreadableImageError
 
@@ -26,5 +26,6 @@ __all__ = [
     "open_data",
     "open_image",
     "open_test_data",
+    "upright_rgb",
     "worker_failures",
 ]

@@ -118,8 +118,7 @@ def open_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")  # they name no file
-            image, turn = _decode(Path(path), max_pixels)
-            return image if turn is None else image.transpose(turn)
+            return _decode(Path(path), max_pixels)
     except UnidentifiedImageError as error:
         reason = _what_it_is(Path(path))
         raise UnreadableImageError(f"cannot read {printable(path)}: {reason}") from error
@@ -131,8 +130,13 @@ def open_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image
         raise UnreadableImageError(f"cannot read {printable(path)}: {reason}") from error
 
 
-def _decode(path: Path, max_pixels: int) -> tuple[Image.Image, Image.Transpose | None]:
-    """Return the image as the file has it, and what turns it upright."""
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Return an image in memory as 8-bit RGB, upright and without transparency, as ``open_image`` does."""
+    turn, rgb = _UPRIGHT.get(_orientation(image)), _to_rgb(image)
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _decode(path: Path, max_pixels: int) -> Image.Image:
     if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO or a device may wait for ever
         raise OSError("not a regular file")
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS * 2:
@@ -141,7 +145,7 @@ def _decode(path: Path, max_pixels: int) -> tuple[Image.Image, Image.Transpose |
         if image.width * image.height > max_pixels:
             raise OSError(_too_large(max_pixels, f"{image.width}x{image.height} pixels are"))
         image.load()
-        return _to_rgb(image), _UPRIGHT.get(_orientation(image))
+        return upright_rgb(image)
 
 
 def _too_large(max_pixels: int, found: str = "its pixels are") -> str:

@@ -12,6 +12,8 @@ from timm.data import create_transform, resolve_model_data_config
 from timm.data.transforms import str_to_interp_mode
 from torch import Tensor, nn
 
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming")
+CROP_MODES = ("center", "squash", "border")
 # Pixels of an image after it is resized and before it is cropped, beyond which its ends are cut off first.
 _RESIZED_PIXELS = 1 << 24
 
@@ -38,6 +40,17 @@ class Preprocess:
     crop_ratio: float = 1.0
     grey: bool = False
     crop_mode: str = "center"
+
+    def __post_init__(self) -> None:
+        three = len(self.mean) == len(self.std) == 3 and min(self.std) > 0
+        if min(self.size) < 1 or not three or self.crop_ratio <= 0:
+            raise ValueError(
+                f"size {self.size} must be above 0, mean {self.mean} and std {self.std} of three channels, the latter "
+                f"above 0, and crop_ratio {self.crop_ratio} above 0"
+            )
+        for value, known in ((self.interpolation, INTERPOLATIONS), (self.crop_mode, CROP_MODES)):
+            if value not in known:
+                raise ValueError(f"{value!r} is unknown: {', '.join(known)} are known")
 
     @classmethod
     def of_model(cls, model: nn.Module, size: int | None = None, *, crop_ratio: float | None = None) -> "Preprocess":

@@ -3,15 +3,17 @@
 from linvision.models.checkpoints import load_state_dict
 from linvision.models.deit3.model import DeiT3
 from linvision.models.forms import use_forms
-from linvision.models.hub import architecture_of, push_to_hub, save_pretrained
+from linvision.models.hub import push_to_hub, save_pretrained
 from linvision.models.l2vit.model import L2ViT
 from linvision.models.recompute import set_checkpointing
 from linvision.models.registry import (
     SOURCES,
     ModelDescription,
+    architecture_of,
     create_model,
     describe,
     has_weights,
+    is_source,
     list_models,
     load_checkpoint,
     own_keys,
@@ -19,6 +21,7 @@ from linvision.models.registry import (
     size_overrides,
     to_release,
 )
+from linvision.models.runs import is_run, read_run
 from linvision.models.vil.model import VisionLSTM, VisionLSTM2
 from linvision.models.vim.model import VisionMamba
 
@@ -34,11 +37,14 @@ __all__ = [
     "create_model",
     "describe",
     "has_weights",
+    "is_run",
+    "is_source",
     "list_models",
     "load_checkpoint",
     "load_state_dict",
     "own_keys",
     "push_to_hub",
+    "read_run",
     "resolve_name",
     "save_pretrained",
     "set_checkpointing",

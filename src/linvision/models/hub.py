@@ -102,13 +102,6 @@ def shared_description(source: str, cache_dir: str | Path | None = None) -> tupl
         raise CheckpointError(f"{source} has no sound config.json, as save_pretrained writes: {what}") from error
 
 
-def architecture_of(source: str) -> tuple[str, dict[str, Any]]:
-    """Return a shared model's registered name and its constructor's arguments; errors of ``shared_description``."""
-    _, name, arguments = shared_description(source)
-    own = {"num_classes", "drop_head", "ema"}  # what every caller says for itself
-    return name, {key: value for key, value in arguments.items() if key not in own}
-
-
 def weights_in(folder: Path) -> Path:
     """Return the weights in a folder that ``save_pretrained``, or timm, has written.
 

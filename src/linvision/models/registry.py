@@ -16,6 +16,7 @@ from linvision.models.counts import counts
 from linvision.models.deit3 import variants as deit3
 from linvision.models.hub import shared_description
 from linvision.models.l2vit import variants as l2vit
+from linvision.models.runs import is_run, read_run
 from linvision.models.timm_models import create_timm_model, read_checkpoints_of
 from linvision.models.vil import variants as vil
 from linvision.models.vim import variants as vim
@@ -41,7 +42,7 @@ def resolve_name(name: str) -> str:
         UnknownNameError: for a name that nobody knows, with the nearest ones.
     """
     aliases = {alias: target for family in FAMILIES for alias, target in family.aliases.items()}
-    if name in aliases or name.startswith(SOURCES):
+    if name in aliases or is_source(name):
         return aliases.get(name, name)
     arch, tag = split_model_name_tag(name)
     if is_model(arch):
@@ -70,7 +71,27 @@ def _spelling(name: str) -> str:
 def has_weights(name: str) -> bool:
     """Say whether a model comes with weights, published ones or, as a shared model, its own."""
     name = resolve_name(name)
-    return name.startswith(SOURCES) or bool(_pretrained_cfg(name).has_weights)
+    return is_source(name) or bool(_pretrained_cfg(name).has_weights)
+
+
+def is_source(name: str) -> bool:
+    """Say whether a name stands for a model that carries its own weights: a shared one, or a run's folder."""
+    return name.startswith(SOURCES) or is_run(name)
+
+
+def architecture_of(source: str) -> tuple[str, dict[str, Any]]:
+    """Return the registered name of a source and its constructor's arguments, but the classes and the size of images.
+
+    Raises:
+        CheckpointError: what describes it is missing or damaged.
+        DownloadError: it cannot be fetched.
+    """
+    if is_run(source):
+        name, arguments, _ = read_run(source)
+    else:
+        _, name, arguments = shared_description(source)
+    own = {"num_classes", "img_size", "drop_head", "ema"}  # what every caller says for itself
+    return name, {key: value for key, value in arguments.items() if key not in own}
 
 
 def create_model(
@@ -87,7 +108,8 @@ def create_model(
 
     Args:
         name: a name of ``list_models()``, with or without its checkpoint tag; a published alias ("vil2-tiny"); any
-            name of timm's; "hf-hub:owner/name@revision" or "local-dir:folder", which come with their weights.
+            name of timm's; "hf-hub:owner/name@revision", "local-dir:folder" or the folder of a run, which come with
+            their weights.
         pretrained: load the published weights, downloaded once. With another ``num_classes`` the classifier is fresh.
         checkpoint_path: load this file: safetensors, a released file or a state dict; as data, never running its code.
         drop_head: keep the fresh classifier instead of the file's.
@@ -108,7 +130,15 @@ def create_model(
         overrides["pretrained_cfg_overlay"] = _pinned(name, revision, overrides.get("pretrained_cfg_overlay"))
     path = None if checkpoint_path is None else Path(checkpoint_path)
     weights = None if path is None else Weights(load_state_dict(path, ema=ema), path.name)
-    if name.startswith(SOURCES):
+    if is_run(name):
+        name, arguments, file = read_run(name)
+        other_classes = overrides.get("num_classes", arguments["num_classes"]) != arguments["num_classes"]
+        arguments |= size_overrides(name, arguments.pop("img_size"))
+        given = weights is not None
+        weights = weights or Weights(load_state_dict(file), file.name)
+        drop_head = drop_head or (other_classes and not given)
+        overrides, pretrained = {**arguments, **overrides}, False
+    elif name.startswith(SOURCES):
         cfg, name, arguments = shared_description(name, overrides.get("cache_dir"))
         if not is_model(name):
             raise CheckpointError(f"its config.json names an architecture that nobody knows, {name!r}")
@@ -138,7 +168,7 @@ def own_keys(state_dict: StateDict) -> StateDict:
     return state_dict
 
 
-def size_overrides(name: str, img_size: int | None) -> dict[str, Any]:
+def size_overrides(name: str, img_size: int | tuple[int, int] | None) -> dict[str, Any]:
     """Return the ``img_size`` argument for a model that is built for one size; convolutional networks take any."""
     cfg = get_pretrained_cfg(name)
     sized = _family(name) is not None or (cfg is not None and cfg.fixed_input_size)

@@ -1,13 +1,15 @@
 """Models opened for use: the run in a folder, or a name with its published weights or those of a file."""
 
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from linvision.data import Preprocess
+from linvision.data import Preprocess, UnreadableImageError, open_image, upright_rgb
+from linvision.errors import UsageError
 from linvision.models import create_model, load_checkpoint, resolve_name, size_overrides
 from linvision.tasks import get_task
 from linvision.training.opened import Opened, check_size
@@ -51,6 +53,47 @@ def open_model(
     check_size(opened.model, opened.preprocess)
     opened.model.to(device)
     return replace(opened, model=Mirrored(opened.model)) if tta else opened
+
+
+@dataclass(frozen=True)
+class Run(Opened):
+    """A trained model of a run, ready to answer for images."""
+
+    def predict(self, images: Any, *, top_k: int = 5) -> Any:
+        """Answer for an image, or a list of them: PIL images or paths.
+
+        Returns:
+            What ``linvision predict --json`` holds of an image, or a list of that; {"error": ...} where an image cannot
+            be read or the outputs are no numbers.
+        """
+        several = isinstance(images, list | tuple)
+        answers: list[dict[str, Any]] = []
+        for image in images if several else [images]:
+            try:
+                picture = image if isinstance(image, Image.Image) else open_image(image)
+                inputs = self.preprocess(upright_rgb(picture))[None].to(next(self.model.parameters()).device)
+            except UnreadableImageError as error:
+                answers.append({"error": str(error)})
+                continue
+            with torch.inference_mode():
+                (found,) = get_task(self.task).answer(self, inputs, top_k=top_k)
+            answers.append(found or {"error": "the model's outputs are no numbers (NaN)"})
+        return answers if several else answers[0]
+
+
+def load_run(
+    folder: str | Path, *, img_size: int | None = None, tta: bool = False, device: torch.device | str = "cpu"
+) -> Run:
+    """Open the folder of a run for use: its ``model`` in eval mode, ``labels``, ``preprocess`` and ``predict``.
+
+    Raises:
+        UsageError: there is no run, or it has no weights yet.
+        RunError, CheckpointError: its files are damaged.
+    """
+    if not Path(folder).expanduser().is_dir():
+        raise UsageError(f"{folder} is no folder: give that of a run, such as runs/vil2_mini_patch4_32-digits-1")
+    opened = open_model(str(folder), img_size=img_size, tta=tta, device=device)
+    return Run(**{field.name: getattr(opened, field.name) for field in fields(Opened)})
 
 
 def named_by(spec: str) -> Named:

@@ -12,10 +12,18 @@ from torch import nn
 from linvision.data import ArrayData, Batches, FolderData, Preprocess
 from linvision.devices import available_cpus, choose_device
 from linvision.errors import CheckpointError, UsageError
-from linvision.models import SOURCES, architecture_of, create_model, resolve_name, set_checkpointing, size_overrides
+from linvision.models import (
+    architecture_of,
+    create_model,
+    is_run,
+    is_source,
+    resolve_name,
+    set_checkpointing,
+    size_overrides,
+)
 from linvision.training.module import check_optimizer
 from linvision.training.opened import Opened, check_size
-from linvision.training.run_folder import ModelCard
+from linvision.training.run_folder import ModelCard, RunFolder
 from linvision.training.settings import RunOptions, Settings
 from linvision.training.task import Data, Task
 
@@ -103,7 +111,7 @@ def prepare(
     if settings.freeze == "backbone" and fresh and not start:
         raise UsageError("--freeze backbone needs weights to freeze: give --pretrained or --checkpoint FILE")
     set_checkpointing(model, options.checkpointing)
-    preprocess = _preprocess(model, options, settings, data)
+    preprocess = _preprocess(source, model, options, settings, data)
     check_size(model, preprocess)
     workers = options.workers if options.workers is not None else min(8, available_cpus())
     batches = {"batch_size": settings.batch_size, "workers": workers}
@@ -129,8 +137,10 @@ def prepare(
 def _named(settings: Settings) -> tuple[str, Settings]:
     """Return what the model is to be created by, and the settings that do without it once it has been."""
     source = resolve_name(settings.model)
-    if not source.startswith(SOURCES):
+    if not is_source(source):
         return source, replace(settings, model=source)
+    if is_run(source) and settings.img_size is None:
+        settings = replace(settings, img_size=RunFolder(Path(source)).load_card().preprocess.size[0])
     model, model_kwargs = architecture_of(source)
     return source, replace(settings, model=model, model_kwargs={**model_kwargs, **settings.model_kwargs})
 
@@ -163,8 +173,11 @@ def _build(source: str, options: RunOptions, settings: Settings, num_outputs: in
         raise CheckpointError(str(error).replace("drop_head=True", "--drop-head")) from error
 
 
-def _preprocess(model: nn.Module, options: RunOptions, settings: Settings, data: Data) -> Preprocess:
+def _preprocess(source: str, model: nn.Module, options: RunOptions, settings: Settings, data: Data) -> Preprocess:
     preprocess = Preprocess.of_model(model, settings.img_size)
+    if is_run(source):
+        learnt = RunFolder(Path(source)).load_card().preprocess
+        return replace(learnt, size=preprocess.size)
     if not isinstance(data, ArrayData):
         return preprocess
     own = options.pretrained or options.checkpoint
