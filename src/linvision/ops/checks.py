@@ -2,14 +2,19 @@
 
 A row of the table: the tensor's name, the tensor or None, its axes in letters, its shape in numbers, and whether it has
 the first tensor's type (``SAME``) or any floating-point type (``ANY``).
+
+An op checks where kernels are entered: in its registered operator, forward and backward, and in the meta kernels of
+these. Its public function leaves the checks to the operator, and calls them only for a form that stands in its place.
 """
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 Row = tuple[str, Tensor | None, str, Sequence[int], bool]
 SAME, ANY = True, False
+FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 WORDS = {
     "S": "token",
@@ -43,7 +48,7 @@ def check_axes(op: str, name: str, x: Tensor, letters: Sequence[str], *, needed:
 
 
 def check(op: str, name: str, first: Tensor, *rows: Row) -> None:
-    """Raise ValueError unless all tensors fit the first one, which is of a floating-point type.
+    """Raise ValueError unless all tensors fit the first one, which is dense and of a floating-point type.
 
     Args:
         op: name of the op.
@@ -52,13 +57,16 @@ def check(op: str, name: str, first: Tensor, *rows: Row) -> None:
         rows: the other tensors (see above).
     """
     dtype, device = first.dtype, first.device
-    if not dtype.is_floating_point:
-        raise ValueError(f"{op}: {name} must be of a floating-point type but is {dtype}")
+    if dtype not in FLOATING or first.layout is not torch.strided:
+        raise ValueError(f"{op}: {name} must be dense and of a floating-point type but is {_kind(first)}")
     for row in rows:
         _, x, _, shape, same = row
-        if x is None:
-            continue
-        if x.shape != shape or x.device != device or (x.dtype != dtype if same else not x.dtype.is_floating_point):
+        if x is not None and (
+            x.shape != shape
+            or x.device != device
+            or x.layout is not torch.strided
+            or (x.dtype is not dtype if same else x.dtype not in FLOATING)
+        ):
             raise ValueError(f"{op}: {_fault(name, first, row, x, rows)}")
 
 
@@ -70,11 +78,25 @@ def _fault(name: str, first: Tensor, row: Row, x: Tensor, rows: tuple[Row, ...])
         return f"{other} must have shape {needed} but has {tuple(x.shape)}"
     if x.device != first.device:
         return f"all tensors must be on one device but {other} is on {x.device} and {name} on {first.device}"
+    if x.layout is not torch.strided:
+        return f"all tensors must be dense but {other} is {x.layout}"
     fault = f"{other} is {x.dtype}, {name} is {first.dtype}"
     same = [each[0] for each in rows if each[4] and each[1] is not None]
     if not same:
         return f"tensors must be of floating-point types; {fault}"
     return f"{', '.join([name, *same[:-1]])} and {same[-1]} must have one floating-point type, the others any; {fault}"
+
+
+def check_together(op: str, **tensors: Tensor | None) -> None:
+    """Raise ValueError unless all of the tensors are given, or none."""
+    missing = [name for name, x in tensors.items() if x is None]
+    if 0 < len(missing) < len(tensors):
+        raise ValueError(f"{op}: {', '.join(tensors)} must be given together, or none of them; None: {missing}")
+
+
+def _kind(x: Tensor) -> str:
+    kinds = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in FLOATING))
+    return str(x.layout) if x.layout is not torch.strided else f"{x.dtype}, not one of {kinds}"
 
 
 def _axes(letters: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from linvision.ops.checks import ANY, check, check_axes
+from linvision.ops.checks import ANY, SAME, Row, check, check_axes
 from linvision.ops.dispatch import Dispatcher
 
 Activation = Literal["silu"] | None
@@ -41,10 +41,7 @@ def depthwise_conv2d(
         ValueError: where shapes, types or devices disagree, for an even kernel or an unknown activation.
     """
     check_axes("depthwise_conv2d", "x", x, GRID)
-    check_axes("depthwise_conv2d", "weight", weight, "C1KL", needed="CKL")
-    _check("depthwise_conv2d", x, weight, bias, activation)
-    if not (weight.shape[2] % 2 and weight.shape[3] % 2):
-        raise ValueError(f"depthwise_conv2d: kernels must have odd sides but are {tuple(weight.shape[2:])}")
+    _check_activation("depthwise_conv2d", activation)
     return _convolve(x, weight, bias, False, activation == "silu", reverse)
 
 
@@ -69,20 +66,33 @@ def causal_conv1d(
     """
     check_axes("causal_conv1d", "x", x, "BSC")
     check_axes("causal_conv1d", "weight", weight, "C1K", needed="CK")
-    _check("causal_conv1d", x, weight, bias, activation)
+    check("causal_conv1d", "x", x, *_rows(x, weight, bias))
+    _check_activation("causal_conv1d", activation)
     return _convolve(x[:, None], weight[:, :, None], bias, True, activation == "silu", reverse)[:, 0]
 
 
-def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool, *gradients: Row) -> None:
+    op = "causal_conv1d" if causal else "depthwise_conv2d"
+    check_axes(op, "x", x, GRID)
+    check_axes(op, "weight", weight, "C1KL", needed="CKL")
+    check(op, "x", x, *_rows(x, weight, bias), *gradients)
+    rows, columns = weight.shape[2:]
+    if causal and rows != 1:
+        raise ValueError(f"{op}: kernels must have 1 row but are {(rows, columns)}")
+    if not (causal or (rows % 2 and columns % 2)):
+        raise ValueError(f"{op}: kernels must have odd sides but are {(rows, columns)}")
+
+
+def _rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Row, Row]:
     channels, kernels = x.shape[-1], weight.shape
     letters = "(C, 1, K)" if len(kernels) == 3 else "(C, 1, K, L)"
-    check(
-        op,
-        "x",
-        x,
+    return (
         ("weight", weight, letters, (channels, 1, *kernels[2:]), ANY),
         ("bias", bias, "(C,)", (channels,), ANY),
     )
+
+
+def _check_activation(op: str, activation: Activation) -> None:
     if activation not in ("silu", None):
         raise ValueError(f"{op}: activation must be 'silu' or None but is {activation!r}")
 
@@ -109,6 +119,7 @@ IMPLEMENTATIONS = Dispatcher("depthwise_conv", reference=_reference)
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool, silu: bool, reverse: bool) -> Tensor:
     form = IMPLEMENTATIONS.inlined(x, weight)
     if form is not None:
+        _check(x, weight, bias, causal)
         return form(x, weight, bias, causal, silu, reverse)
     return torch.ops.linvision.depthwise_conv(x, weight, bias, causal, silu, reverse)
 
@@ -119,6 +130,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool, silu
 
 @torch.library.custom_op("linvision::depthwise_conv", mutates_args=())
 def _depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool, silu: bool, reverse: bool) -> Tensor:
+    _check(x, weight, bias, causal)
     implementation = IMPLEMENTATIONS.choose(x, weight)
     with torch.autocast(x.device.type, enabled=False):
         return implementation.forward(x, weight, bias, causal=causal, silu=silu, reverse=reverse)
@@ -126,6 +138,7 @@ def _depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool
 
 @_depthwise_conv.register_fake
 def _(x, weight, bias, causal, silu, reverse):
+    _check(x, weight, bias, causal)
     return x.new_empty(x.shape)
 
 
@@ -133,12 +146,14 @@ def _(x, weight, bias, causal, silu, reverse):
 def _depthwise_conv_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool, silu: bool, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, weight, bias, causal, ("dy", dy, "(B, rows, columns, C)", x.shape, SAME))
     implementation = IMPLEMENTATIONS.kernels(x, weight)
     return implementation.backward(dy, x, weight, bias, causal=causal, silu=silu, reverse=reverse)
 
 
 @_depthwise_conv_backward.register_fake
 def _(dy, x, weight, bias, causal, silu, reverse):
+    _check(x, weight, bias, causal, ("dy", dy, "(B, rows, columns, C)", x.shape, SAME))
     dbias = weight.new_empty(len(weight), dtype=torch.float32) if bias is None else bias.new_empty(bias.shape)
     return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias
 

@@ -33,15 +33,17 @@ def gated_head_norm(
     Raises:
         ValueError: where shapes, types or devices disagree.
     """
-    _check(h, c, z, weight, bias, skip)
     # Without a gate the kernels have no gradient.
     form = IMPLEMENTATIONS.inlined(h, inference_only=z is None)
     if form is not None:
+        _check(h, c, z, weight, bias, skip)
         return form(h, c, z, weight, bias, skip, eps)
     return torch.ops.linvision.gated_head_norm(h, c, z, weight, bias, skip, eps)
 
 
-def _check(h: Tensor, c: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor | None, skip: Tensor) -> None:
+def _check(
+    h: Tensor, c: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor | None, skip: Tensor, dy: Tensor | None = None
+) -> None:
     check_axes("gated_head_norm", "h", h, "BSHD", needed="HD")
     batch, num_tokens, num_heads, head_dim = h.shape
     width = num_heads * head_dim
@@ -55,6 +57,7 @@ def _check(h: Tensor, c: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor 
         ("weight", weight, "(H * D,)", channels, ANY),
         ("bias", bias, "(H * D,)", channels, ANY),
         ("skip", skip, "(H * D,)", channels, ANY),
+        ("dy", dy, "(B, S, H * D)", tokens, SAME),
     )
 
 
@@ -78,12 +81,14 @@ IMPLEMENTATIONS = Dispatcher("gated_head_norm", reference=_reference)
 def _gated_head_norm(
     h: Tensor, c: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor | None, skip: Tensor, eps: float
 ) -> Tensor:
+    _check(h, c, z, weight, bias, skip)
     with torch.autocast(h.device.type, enabled=False):
         return IMPLEMENTATIONS.choose(h).forward(h, c, z, weight, bias, skip, eps)
 
 
 @_gated_head_norm.register_fake
 def _(h, c, z, weight, bias, skip, eps):
+    _check(h, c, z, weight, bias, skip)
     return h.new_empty(c.shape)
 
 
@@ -92,11 +97,13 @@ def _gated_head_norm_backward(
     dy: Tensor, h: Tensor, c: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor, eps: float
 ) -> list[Tensor]:
     """Return the gradients of h, c, z, weight, bias where it is given, and skip."""
+    _check(h, c, z, weight, bias, skip, dy)
     return IMPLEMENTATIONS.kernels(h).backward(dy, h, c, z, weight, bias, skip, eps)
 
 
 @_gated_head_norm_backward.register_fake
 def _(dy, h, c, z, weight, bias, skip, eps):
+    _check(h, c, z, weight, bias, skip, dy)
     return [x.new_empty(x.shape) for x in (h, c, z, weight, bias, skip) if x is not None]
 
 

@@ -39,7 +39,7 @@ class _Backward(ctypes.Structure):
 def unsupported(x: Tensor, weight: Tensor) -> str | None:
     """Say why no kernel can compute this, or return None if one can."""
     reason = unreadable(x)
-    if reason is None and max(weight.shape[-2:]) > MAX_KERNEL:
+    if reason is None and max(weight.shape[-2:], default=0) > MAX_KERNEL:
         return f"a kernel of {tuple(weight.shape[-2:])}, above {MAX_KERNEL}"
     return reason
 
