@@ -8,7 +8,7 @@ They are those of xLSTM (arXiv 2405.04517, figure 11) and Vision-LSTM (arXiv 240
 import torch.nn.functional as F
 from torch import Tensor
 
-from linvision.ops.checks import ANY, check, check_axes
+from linvision.ops.checks import ANY, OPTIONAL, check, check_axes
 
 BLOCK_SIZE = 4
 
@@ -38,7 +38,7 @@ def block_diagonal(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
         "x",
         x,
         ("weight", weight, "(G, 4, 4)", (width // BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE), ANY),
-        ("bias", bias, "(4 G,)", (width,), ANY),
+        ("bias", bias, "(4 G,)", (width,), ANY | OPTIONAL),
     )
     return project_blocks(x, weight, bias)
 

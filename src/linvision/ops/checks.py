@@ -1,7 +1,7 @@
 """What ops ask of their inputs: every op lists its tensors in a table, and faults are told in the same words.
 
-A row of the table: the tensor's name, the tensor or None, its axes in letters, its shape in numbers, and whether it has
-the first tensor's type (``SAME``) or any floating-point type (``ANY``).
+A row of the table: the tensor's name, the tensor, its axes in letters, its shape in numbers, and whether it has the
+first tensor's type (``SAME``) or any floating-point type (``ANY``), and may be None (``| OPTIONAL``).
 
 An op checks where kernels are entered: in its registered operator, forward and backward, and in the meta kernels of
 these. Its public function leaves the checks to the operator, and calls them only for a form that stands in its place.
@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-Row = tuple[str, Tensor | None, str, Sequence[int], bool]
-SAME, ANY = True, False
+Row = tuple[str, Tensor | None, str, Sequence[int], int]
+SAME, ANY, OPTIONAL = 1, 0, 2
 FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 WORDS = {
@@ -29,7 +29,7 @@ WORDS = {
 
 
 def check_axes(op: str, name: str, x: Tensor, letters: Sequence[str], *, needed: str = "") -> None:
-    """Raise ValueError unless x has so many axes, and at least one element along those that are needed.
+    """Raise ValueError unless x is a tensor of so many axes, with at least one element along those that are needed.
 
     Args:
         op: name of the op.
@@ -38,6 +38,7 @@ def check_axes(op: str, name: str, x: Tensor, letters: Sequence[str], *, needed:
         letters: of its axes.
         needed: the letters of axes that may not be empty.
     """
+    check_tensor(op, name, x)
     if x.ndim != len(letters):
         raise ValueError(f"{op}: {name} must be {_axes(letters)} but has shape {tuple(x.shape)}")
     for letter, size in zip(letters, x.shape, strict=True):
@@ -45,6 +46,12 @@ def check_axes(op: str, name: str, x: Tensor, letters: Sequence[str], *, needed:
             words = list(dict.fromkeys(WORDS[each] for each in needed))
             some = f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else words[0]
             raise ValueError(f"{op}: needs at least one {some} but {name} has shape {tuple(x.shape)}")
+
+
+def check_tensor(op: str, name: str, x: object) -> None:
+    """Raise TypeError unless x is a tensor, which operators do not see to."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor but is {x!r:.80}")
 
 
 def check(op: str, name: str, first: Tensor, *rows: Row) -> None:
@@ -60,12 +67,15 @@ def check(op: str, name: str, first: Tensor, *rows: Row) -> None:
     if dtype not in FLOATING or first.layout is not torch.strided:
         raise ValueError(f"{op}: {name} must be dense and of a floating-point type but is {_kind(first)}")
     for row in rows:
-        _, x, _, shape, same = row
-        if x is not None and (
+        other, x, _, shape, kind = row
+        if x is None:
+            if not kind & OPTIONAL:
+                check_tensor(op, other, x)
+        elif (
             x.shape != shape
             or x.device != device
             or x.layout is not torch.strided
-            or (x.dtype is not dtype if same else x.dtype not in FLOATING)
+            or (x.dtype is not dtype if kind & SAME else x.dtype not in FLOATING)
         ):
             raise ValueError(f"{op}: {_fault(name, first, row, x, rows)}")
 
@@ -81,7 +91,7 @@ def _fault(name: str, first: Tensor, row: Row, x: Tensor, rows: tuple[Row, ...])
     if x.layout is not torch.strided:
         return f"all tensors must be dense but {other} is {x.layout}"
     fault = f"{other} is {x.dtype}, {name} is {first.dtype}"
-    same = [each[0] for each in rows if each[4] and each[1] is not None]
+    same = [each[0] for each in rows if each[4] & SAME and each[1] is not None]
     if not same:
         return f"tensors must be of floating-point types; {fault}"
     return f"{', '.join([name, *same[:-1]])} and {same[-1]} must have one floating-point type, the others any; {fault}"

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from linvision.ops.checks import ANY, SAME, Row, check, check_axes
+from linvision.ops.checks import ANY, OPTIONAL, SAME, Row, check, check_axes
 from linvision.ops.dispatch import Dispatcher
 
 Activation = Literal["silu"] | None
@@ -71,11 +71,11 @@ def causal_conv1d(
     return _convolve(x[:, None], weight[:, :, None], bias, True, activation == "silu", reverse)[:, 0]
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool, *gradients: Row) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool) -> None:
     op = "causal_conv1d" if causal else "depthwise_conv2d"
     check_axes(op, "x", x, GRID)
     check_axes(op, "weight", weight, "C1KL", needed="CKL")
-    check(op, "x", x, *_rows(x, weight, bias), *gradients)
+    check(op, "x", x, *_rows(x, weight, bias))
     rows, columns = weight.shape[2:]
     if causal and rows != 1:
         raise ValueError(f"{op}: kernels must have 1 row but are {(rows, columns)}")
@@ -83,12 +83,17 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool, *gradie
         raise ValueError(f"{op}: kernels must have odd sides but are {(rows, columns)}")
 
 
+def _check_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool) -> None:
+    _check(x, weight, bias, causal)
+    check("depthwise_conv", "x", x, ("dy", dy, "(B, rows, columns, C)", x.shape, SAME))
+
+
 def _rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Row, Row]:
     channels, kernels = x.shape[-1], weight.shape
     letters = "(C, 1, K)" if len(kernels) == 3 else "(C, 1, K, L)"
     return (
         ("weight", weight, letters, (channels, 1, *kernels[2:]), ANY),
-        ("bias", bias, "(C,)", (channels,), ANY),
+        ("bias", bias, "(C,)", (channels,), ANY | OPTIONAL),
     )
 
 
@@ -146,14 +151,14 @@ def _(x, weight, bias, causal, silu, reverse):
 def _depthwise_conv_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool, silu: bool, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x, weight, bias, causal, ("dy", dy, "(B, rows, columns, C)", x.shape, SAME))
+    _check_backward(dy, x, weight, bias, causal)
     implementation = IMPLEMENTATIONS.kernels(x, weight)
     return implementation.backward(dy, x, weight, bias, causal=causal, silu=silu, reverse=reverse)
 
 
 @_depthwise_conv_backward.register_fake
 def _(dy, x, weight, bias, causal, silu, reverse):
-    _check(x, weight, bias, causal, ("dy", dy, "(B, rows, columns, C)", x.shape, SAME))
+    _check_backward(dy, x, weight, bias, causal)
     dbias = weight.new_empty(len(weight), dtype=torch.float32) if bias is None else bias.new_empty(bias.shape)
     return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias
 

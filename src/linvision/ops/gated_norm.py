@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linvision.ops.checks import ANY, SAME, check, check_axes
+from linvision.ops.checks import ANY, OPTIONAL, SAME, check, check_axes
 from linvision.ops.dispatch import Dispatcher
 
 
@@ -41,9 +41,7 @@ def gated_head_norm(
     return torch.ops.linvision.gated_head_norm(h, c, z, weight, bias, skip, eps)
 
 
-def _check(
-    h: Tensor, c: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor | None, skip: Tensor, dy: Tensor | None = None
-) -> None:
+def _check(h: Tensor, c: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor | None, skip: Tensor) -> None:
     check_axes("gated_head_norm", "h", h, "BSHD", needed="HD")
     batch, num_tokens, num_heads, head_dim = h.shape
     width = num_heads * head_dim
@@ -53,12 +51,18 @@ def _check(
         "h",
         h,
         ("c", c, "(B, S, H * D)", tokens, SAME),
-        ("z", z, "(B, S, H * D)", tokens, SAME),
+        ("z", z, "(B, S, H * D)", tokens, SAME | OPTIONAL),
         ("weight", weight, "(H * D,)", channels, ANY),
-        ("bias", bias, "(H * D,)", channels, ANY),
+        ("bias", bias, "(H * D,)", channels, ANY | OPTIONAL),
         ("skip", skip, "(H * D,)", channels, ANY),
-        ("dy", dy, "(B, S, H * D)", tokens, SAME),
     )
+
+
+def _check_backward(
+    dy: Tensor, h: Tensor, c: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor
+) -> None:
+    _check(h, c, z, weight, bias, skip)
+    check("gated_head_norm", "c", c, ("dy", dy, "(B, S, H * D)", c.shape, SAME), ("z", z, "", c.shape, SAME))
 
 
 def _reference(
@@ -97,13 +101,13 @@ def _gated_head_norm_backward(
     dy: Tensor, h: Tensor, c: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor, eps: float
 ) -> list[Tensor]:
     """Return the gradients of h, c, z, weight, bias where it is given, and skip."""
-    _check(h, c, z, weight, bias, skip, dy)
+    _check_backward(dy, h, c, z, weight, bias, skip)
     return IMPLEMENTATIONS.kernels(h).backward(dy, h, c, z, weight, bias, skip, eps)
 
 
 @_gated_head_norm_backward.register_fake
 def _(dy, h, c, z, weight, bias, skip, eps):
-    _check(h, c, z, weight, bias, skip, dy)
+    _check_backward(dy, h, c, z, weight, bias, skip)
     return [x.new_empty(x.shape) for x in (h, c, z, weight, bias, skip) if x is not None]
 
 

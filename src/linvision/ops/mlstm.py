@@ -25,7 +25,7 @@ from torch.utils.flop_counter import register_flop_formula
 from linvision.errors import BackendError
 from linvision.ops.autocast import without_autocast
 from linvision.ops.backends.plain.mlstm import EPS, chunk_length
-from linvision.ops.checks import ANY, SAME, check, check_axes, check_together
+from linvision.ops.checks import ANY, OPTIONAL, SAME, check, check_axes, check_together
 from linvision.ops.dispatch import Dispatcher
 from linvision.ops.recurrence import linear_recurrence, running_maximum
 
@@ -262,8 +262,8 @@ def _check_backward(
         q,
         ("h", h, "(B, S, H, D)", q.shape, SAME),
         ("dh", dh, "(B, S, H, D)", q.shape, SAME),
-        ("dC", dC, "(B, H, D, D)", (batch, num_heads, head_dim, head_dim), ANY),
-        ("dn", dn, "(B, H, D)", (batch, num_heads, head_dim), ANY),
+        ("dC", dC, "(B, H, D, D)", (batch, num_heads, head_dim, head_dim), ANY | OPTIONAL),
+        ("dn", dn, "(B, H, D)", (batch, num_heads, head_dim), ANY | OPTIONAL),
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from linvision.ops.block_diagonal import BLOCK_SIZE, project_blocks
-from linvision.ops.checks import ANY, SAME, check, check_axes
+from linvision.ops.checks import ANY, OPTIONAL, SAME, check, check_axes
 from linvision.ops.dispatch import Dispatcher
 from linvision.ops.parameters import BlockDiagonalParameters, GateParameters
 
@@ -92,9 +92,9 @@ def check_mlstm_inputs(
         ("q.weight", weights[0], "(E / 4, 4, 4)", blocks, ANY),
         ("k.weight", weights[1], "(E / 4, 4, 4)", blocks, ANY),
         ("v.weight", weights[2], "(E / 4, 4, 4)", blocks, ANY),
-        ("q.bias", biases[0], "(E,)", (width,), ANY),
-        ("k.bias", biases[1], "(E,)", (width,), ANY),
-        ("v.bias", biases[2], "(E,)", (width,), ANY),
+        ("q.bias", biases[0], "(E,)", (width,), ANY | OPTIONAL),
+        ("k.bias", biases[1], "(E,)", (width,), ANY | OPTIONAL),
+        ("v.bias", biases[2], "(E,)", (width,), ANY | OPTIONAL),
         ("i.weight", gate_weights[0], "(H, 3 E)", gate, ANY),
         ("f.weight", gate_weights[1], "(H, 3 E)", gate, ANY),
         ("i.bias", gate_biases[0], "(H,)", heads, ANY),
@@ -120,7 +120,10 @@ def _check_backward(
         "mlstm_inputs",
         "c",
         c,
-        *((f"d{name}", gradient, "(B, S, E)", c.shape, SAME) for name, gradient in zip("qkv", gradients[:3], strict=True)),
+        *(
+            (f"d{name}", gradient, "(B, S, E)", c.shape, SAME)
+            for name, gradient in zip("qkv", gradients[:3], strict=True)
+        ),
         *((f"d{name}", gradient, "(B, S, H)", gates, ANY) for name, gradient in zip("if", gradients[3:], strict=True)),
     )
 
@@ -135,10 +138,11 @@ def _reference(
 ) -> Five:
     q, k, v = (project_blocks(*given) for given in zip((c, c, x), weights, biases, strict=True))
     # One pre-activation per token, head and gate: a Linear of concat(q, k, v), as three products without the copy.
-    gates, weight = torch.cat(list(gate_biases)).to(c.dtype), torch.cat(list(gate_weights)).to(c.dtype)
+    dtype = torch.promote_types(c.dtype, torch.float32)  # autocast cannot concatenate float16 on a CPU
+    gates, weight = (torch.cat([x.to(dtype) for x in group]).to(c.dtype) for group in (gate_biases, gate_weights))
     for source, part in zip((q, k, v), weight.chunk(3, dim=1), strict=True):
         gates = gates + F.linear(source, part)
-    i, f = gates.to(torch.promote_types(c.dtype, torch.float32)).chunk(2, dim=-1)
+    i, f = gates.to(dtype).chunk(2, dim=-1)
     return q, k, v, i, f
 
 

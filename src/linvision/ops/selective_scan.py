@@ -22,7 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from linvision.ops.autocast import without_autocast
 from linvision.ops.backends.scan_inputs import Inputs, interval
-from linvision.ops.checks import ANY, FLOATING, SAME, check, check_axes
+from linvision.ops.checks import ANY, FLOATING, OPTIONAL, SAME, check, check_axes
 from linvision.ops.dispatch import Dispatcher
 from linvision.ops.recurrence import linear_recurrence
 
@@ -219,11 +219,11 @@ def _check(
         ("A", A, "(E, N)", (width, num_states), ANY),
         ("B", B, "(B, S, N)", states, SAME),
         ("C", C, "(B, S, N)", states, SAME),
-        ("D", D, "(E,)", (width,), ANY),
-        ("z", z, "(B, S, E)", tokens, SAME),
-        ("delta_bias", delta_bias, "(E,)", (width,), ANY),
-        ("residual", residual, "(B, S, E)", tokens, SAME),
-        ("initial_state", initial_state, "(B, E, N)", (batch, width, num_states), ANY),
+        ("D", D, "(E,)", (width,), ANY | OPTIONAL),
+        ("z", z, "(B, S, E)", tokens, SAME | OPTIONAL),
+        ("delta_bias", delta_bias, "(E,)", (width,), ANY | OPTIONAL),
+        ("residual", residual, "(B, S, E)", tokens, SAME | OPTIONAL),
+        ("initial_state", initial_state, "(B, E, N)", (batch, width, num_states), ANY | OPTIONAL),
     )
 
 
@@ -245,7 +245,7 @@ def _check_operator(
     for x in (A, D, delta_bias, initial_state):
         if x is not None and x.dtype is not dtype:
             raise ValueError(
-                f"selective_scan: beside u of {u.dtype} the operator takes A, D, delta_bias and states of {dtype}, not of "
+                f"selective_scan: beside u of {u.dtype} the operator takes A, D, delta_bias and states of {dtype}, not "
                 f"{x.dtype}; linvision.ops.selective_scan converts them"
             )
 

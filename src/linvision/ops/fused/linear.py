@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from linvision.ops.autocast import autocasts
-from linvision.ops.checks import ANY, Row, check
+from linvision.ops.autocast import casts
+from linvision.ops.checks import ANY, OPTIONAL, SAME, Row, check, check_tensor
 from linvision.ops.dispatch import Dispatcher
 from linvision.ops.parameters import LayerNormParameters, LinearParameters
 
@@ -43,7 +43,7 @@ def linear(
     """
     form = LINEAR.inlined(x, layer.weight, inference_only=True)
     if form is not None:
-        _check_linear(x, layer, norm, gate, residual, alike=not autocasts(x))
+        _check_linear(x, layer, norm, gate, residual, alike=not casts(x))
         return form(x, layer, norm, gate, residual)
     return torch.ops.linvision.linear(x, *layer, *given_norm("linear", norm), gate, residual)
 
@@ -73,7 +73,7 @@ def mlp(
     """
     form = MLP.inlined(x, first.weight, second.weight, inference_only=True)
     if form is not None:
-        _check_mlp(x, first, second, norm, residual, alike=not autocasts(x))
+        _check_mlp(x, first, second, norm, residual, alike=not casts(x))
         return form(x, first, second, norm, residual)
     return torch.ops.linvision.mlp(x, *first, *second, *given_norm("mlp", norm), residual)
 
@@ -103,8 +103,15 @@ def _check_linear(
 ) -> None:
     rows = layer_rows("linear", x, ("layer", layer), norm=norm, alike=alike)
     outputs = (*x.shape[:-1], len(layer.weight))
-    gate_row = ("gate", gate, "(..., inputs)", x.shape, alike)
-    check("linear", "x", x, *rows, gate_row, ("residual", residual, "(..., outputs)", outputs, alike))
+    gate_row = ("gate", gate, "(..., inputs)", x.shape, _same(gate, alike) | OPTIONAL)
+    check(
+        "linear",
+        "x",
+        x,
+        *rows,
+        gate_row,
+        ("residual", residual, "(..., outputs)", outputs, _same(residual, alike) | OPTIONAL),
+    )
 
 
 def _check_mlp(
@@ -117,7 +124,8 @@ def _check_mlp(
     alike: bool = True,
 ) -> None:
     rows = layer_rows("mlp", x, ("first", first), ("second", second), norm=norm, alike=alike)
-    check("mlp", "x", x, *rows, ("residual", residual, "(..., outputs)", (*x.shape[:-1], len(second.weight)), alike))
+    outputs = (*x.shape[:-1], len(second.weight))
+    check("mlp", "x", x, *rows, ("residual", residual, "(..., outputs)", outputs, _same(residual, alike) | OPTIONAL))
 
 
 def layer_rows(
@@ -129,24 +137,33 @@ def layer_rows(
 ) -> list[Row]:
     """List the parameters of a norm and of layers that follow one another, with the shapes that tokens x ask for.
 
-    ``alike`` says whether weights must have the tokens' type.
+    ``alike`` says whether weights must have the tokens' type; where autocast works, only float64 must, which it leaves.
     """
+    check_tensor(op, "x", x)
     width, rows = x.shape[-1] if x.ndim else 0, []
     if norm is not None:
         given_norm(op, norm)
-        rows += [("norm.weight", norm.weight, "(C,)", (width,), ANY), ("norm.bias", norm.bias, "(C,)", (width,), ANY)]
+        rows += [
+            ("norm.weight", norm.weight, "(C,)", (width,), ANY),
+            ("norm.bias", norm.bias, "(C,)", (width,), ANY | OPTIONAL),
+        ]
     for name, (weight, bias) in layers:
+        check_tensor(op, f"{name}.weight", weight)
         if weight.ndim != 2 or weight.shape[0] == 0 or width == 0:
             raise ValueError(
                 f"{op}: {name}.weight must be (outputs, {width}) for {width} channels but is {tuple(weight.shape)}"
             )
         outputs = weight.shape[0]
         rows += [
-            (f"{name}.weight", weight, "(outputs, inputs)", (outputs, width), alike),
-            (f"{name}.bias", bias, "(outputs,)", (outputs,), ANY),
+            (f"{name}.weight", weight, "(outputs, inputs)", (outputs, width), _same(weight, alike)),
+            (f"{name}.bias", bias, "(outputs,)", (outputs,), ANY | OPTIONAL),
         ]
         width = outputs
     return rows
+
+
+def _same(x: Tensor | None, alike: bool) -> int:
+    return SAME if alike or (x is not None and x.dtype == torch.float64) else ANY
 
 
 def normalise(x: Tensor, norm: LayerNormParameters | None) -> Tensor:
@@ -162,7 +179,7 @@ def project(x: Tensor, layer: LinearParameters) -> Tensor:
 
 
 def _typed(parameter: Tensor | None, x: Tensor) -> Tensor | None:
-    return parameter if parameter is None or autocasts(x) else parameter.to(x.dtype)
+    return parameter if parameter is None or (casts(x) and casts(parameter)) else parameter.to(x.dtype)
 
 
 def _linear_reference(

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import register_flop_formula
 
-from linvision.ops.autocast import autocasts
+from linvision.ops.autocast import casts
 from linvision.ops.checks import check, check_axes
 from linvision.ops.dispatch import Dispatcher
 from linvision.ops.fused.linear import layer_rows, normalise, project
@@ -55,7 +55,7 @@ def window_attention(
     """
     form = IMPLEMENTATIONS.inlined(x, qkv.weight, proj.weight, inference_only=True)
     if form is not None:
-        _check(x, qkv, proj, norm, num_heads, window_size, alike=not autocasts(x))
+        _check(x, qkv, proj, norm, num_heads, window_size, alike=not casts(x))
         return form(x, qkv, proj, norm, num_heads, window_size)
     return torch.ops.linvision.window_attention(x, *qkv, *proj, *norm, num_heads, window_size)
 
@@ -81,7 +81,8 @@ def _check(
         )
     if not 1 <= window_size <= MAX_WINDOW:
         raise ValueError(
-            f"window_attention: window_size={window_size}: a window has at least 1 token along a side, at most {MAX_WINDOW}"
+            f"window_attention: window_size={window_size}: a window has at least 1 token along a side and at most "
+            f"{MAX_WINDOW}"
         )
 
 
