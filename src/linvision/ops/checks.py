@@ -38,14 +38,16 @@ def check_axes(op: str, name: str, x: Tensor, letters: Sequence[str], *, needed:
         letters: of its axes.
         needed: the letters of axes that may not be empty.
     """
-    check_tensor(op, name, x)
-    if x.ndim != len(letters):
-        raise ValueError(f"{op}: {name} must be {_axes(letters)} but has shape {tuple(x.shape)}")
-    for letter, size in zip(letters, x.shape, strict=True):
-        if letter in needed and size == 0:
+    if not isinstance(x, Tensor):
+        check_tensor(op, name, x)
+    shape = x.shape
+    if len(shape) != len(letters):
+        raise ValueError(f"{op}: {name} must be {_axes(letters)} but has shape {tuple(shape)}")
+    for letter in needed:
+        if shape[letters.index(letter)] == 0:
             words = list(dict.fromkeys(WORDS[each] for each in needed))
             some = f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else words[0]
-            raise ValueError(f"{op}: needs at least one {some} but {name} has shape {tuple(x.shape)}")
+            raise ValueError(f"{op}: needs at least one {some} but {name} has shape {tuple(shape)}")
 
 
 def check_tensor(op: str, name: str, x: object) -> None:
@@ -63,20 +65,20 @@ def check(op: str, name: str, first: Tensor, *rows: Row) -> None:
         first: the tensor that the others are measured against.
         rows: the other tensors (see above).
     """
-    dtype, device = first.dtype, first.device
-    if dtype not in FLOATING or first.layout is not torch.strided:
+    dtype, device, strided, floating = first.dtype, first.device, torch.strided, FLOATING
+    if dtype not in floating or first.layout is not strided:
         raise ValueError(f"{op}: {name} must be dense and of a floating-point type but is {_kind(first)}")
-    for row in rows:
-        other, x, _, shape, kind = row
+    for other, x, _, shape, kind in rows:
         if x is None:
             if not kind & OPTIONAL:
                 check_tensor(op, other, x)
         elif (
             x.shape != shape
+            or x.layout is not strided
             or x.device != device
-            or x.layout is not torch.strided
-            or (x.dtype is not dtype if kind & SAME else x.dtype not in FLOATING)
+            or ((own := x.dtype) is not dtype and (kind & SAME or own not in floating))
         ):
+            row = next(row for row in rows if row[0] == other)
             raise ValueError(f"{op}: {_fault(name, first, row, x, rows)}")
 
 

@@ -40,7 +40,6 @@ def depthwise_conv2d(
     Raises:
         ValueError: where shapes, types or devices disagree, for an even kernel or an unknown activation.
     """
-    check_axes("depthwise_conv2d", "x", x, GRID)
     _check_activation("depthwise_conv2d", activation)
     return _convolve(x, weight, bias, False, activation == "silu", reverse)
 
@@ -64,11 +63,15 @@ def causal_conv1d(
     Raises:
         ValueError: where shapes, types or devices disagree, or for an unknown activation.
     """
-    check_axes("causal_conv1d", "x", x, "BSC")
-    check_axes("causal_conv1d", "weight", weight, "C1K", needed="CK")
-    check("causal_conv1d", "x", x, *_rows(x, weight, bias))
+    if x.ndim != 3 or weight.ndim != 3:
+        check_axes("causal_conv1d", "x", x, "BSC")
+        check_axes("causal_conv1d", "weight", weight, "C1K")
     _check_activation("causal_conv1d", activation)
-    return _convolve(x[:, None], weight[:, :, None], bias, True, activation == "silu", reverse)[:, 0]
+    try:
+        return _convolve(x[:, None], weight[:, :, None], bias, True, activation == "silu", reverse)[:, 0]
+    except ValueError:
+        check("causal_conv1d", "x", x, *_rows(x, weight, bias))  # tells it in the shapes that were given
+        raise
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool) -> None:

@@ -254,7 +254,8 @@ def _check_backward(
     dh: Tensor, dC: Tensor | None, dn: Tensor | None, h: Tensor, q: Tensor, *others: Tensor | None
 ) -> None:
     _check(q, *others)
-    check_together("mlstm", dC=dC, dn=dn)
+    if (dC is None) != (dn is None):
+        check_together("mlstm", dC=dC, dn=dn)
     batch, _, num_heads, head_dim = q.shape
     check(
         "mlstm",

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from linvision.ops.autocast import without_autocast
 from linvision.ops.backends.scan_inputs import Inputs, interval
-from linvision.ops.checks import ANY, FLOATING, OPTIONAL, SAME, check, check_axes
+from linvision.ops.checks import ANY, FLOATING, OPTIONAL, SAME, check, check_axes, check_tensor
 from linvision.ops.dispatch import Dispatcher
 from linvision.ops.recurrence import linear_recurrence
 
@@ -88,7 +88,11 @@ def selective_scan(
         _check(u, delta, A, B, C, D, z, delta_bias, residual, initial_state)
         y, state = form(u, delta, A, B, C, D, z, delta_bias, residual, delta_softplus, reverse, initial_state)
         return (y, state) if return_state else y
-    A, D, delta_bias, initial_state = (_as_state(x, u) for x in (A, D, delta_bias, initial_state))
+    dtype = _state_dtype(u)
+    A, D, delta_bias, initial_state = (
+        x if x is None or x.dtype is dtype or x.dtype not in FLOATING else x.to(dtype)
+        for x in (A, D, delta_bias, initial_state)
+    )
     tensors = (u, delta, A, B, C, D, z, delta_bias, residual, initial_state)
     for_backward = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     y, state, _ = torch.ops.linvision.selective_scan(*tensors, delta_softplus, reverse, for_backward)
@@ -187,10 +191,6 @@ def _output(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None, residual: 
 IMPLEMENTATIONS = Dispatcher("selective_scan", reference=_reference, sequential=_sequential)
 
 
-def _as_state(x: Tensor | None, u: Tensor) -> Tensor | None:
-    return x if x is None or x.dtype not in FLOATING else x.to(_state_dtype(u))
-
-
 def _state_dtype(u: Tensor) -> torch.dtype:
     return torch.float64 if u.dtype == torch.float64 else torch.float32
 
@@ -253,6 +253,7 @@ def _check_operator(
 def _check_backward(
     dy: Tensor, d_state: Tensor, kept: Tensor, u: Tensor, delta: Tensor, A: Tensor, *others: Tensor | None
 ) -> None:
+    check_tensor("selective_scan", "d_state", d_state)
     _check_operator(u, delta, A, *others, d_state)
     (batch, num_tokens, width), num_states = u.shape, A.shape[1]
     num_kept = -(-num_tokens // interval(num_states))
