@@ -101,7 +101,6 @@ def depthwise_conv(draw: Draw, dtype: torch.dtype) -> tuple[Arguments, Public]:
     (batch, tokens), columns = draw.tokens(), draw.choice([0, 1, 3, 8])
     shape = (batch, 1, tokens, channels) if causal else (batch, tokens, columns, channels)
     kernel = (1, draw.choice([1, 2, 4, 15, 17])) if causal else (draw.choice([1, 3, 5, 7, 2]), draw.choice([1, 3, 15]))
-    dtype = torch.float32 if max(kernel) > 15 else dtype  # oneDNN takes minutes for some of bfloat16
 
     def public(x: Any, weight: Any, bias: Any, causal: Any, silu: Any, reverse: Any) -> Any:
         options = {"activation": "silu" if silu else None, "reverse": reverse}

@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from linvision.ops.autocast import without_autocast
 from linvision.ops.checks import ANY, OPTIONAL, SAME, Row, check, check_axes
 from linvision.ops.dispatch import Dispatcher
 
 Activation = Literal["silu"] | None
+WIDEST_BFLOAT16 = 8  # taps along a side
 GRID = ("B", "rows", "columns", "C")
 
 
@@ -109,6 +111,11 @@ def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool, sil
     """Convolve as an image in channels-last layout, which is this very memory."""
     if x.numel() == 0:  # torch's convolution refuses it; so all gradients are there, and zero
         return x * sum(parameter.sum() for parameter in (weight, bias) if parameter is not None)
+    # oneDNN takes minutes to prepare a wide convolution of bfloat16.
+    wide = x.device.type == "cpu" and max(weight.shape[2:]) > WIDEST_BFLOAT16
+    convolve, dtype = without_autocast(F.conv2d) if wide else F.conv2d, x.dtype
+    if wide and x.dtype == torch.bfloat16:
+        x = x.float()
     weight = (weight.flip(2, 3) if reverse else weight).to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     padding = (weight.shape[2] // 2, weight.shape[3] // 2)
@@ -117,8 +124,8 @@ def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool, sil
         image, padding = F.pad(x, (0, 0, 0, seen) if reverse else (0, 0, seen, 0)), (0, 0)
     else:
         image = x
-    y = F.conv2d(image.permute(0, 3, 1, 2), weight, bias, padding=padding, groups=len(weight)).permute(0, 2, 3, 1)
-    return (F.silu(y) if silu else y).to(x.dtype)
+    y = convolve(image.permute(0, 3, 1, 2), weight, bias, padding=padding, groups=len(weight)).permute(0, 2, 3, 1)
+    return (F.silu(y) if silu else y).to(dtype)
 
 
 IMPLEMENTATIONS = Dispatcher("depthwise_conv", reference=_reference)

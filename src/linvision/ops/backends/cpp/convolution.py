@@ -87,7 +87,8 @@ def backward(
 
 def _shape(x: Tensor, weight: Tensor, causal: bool) -> tuple[int, ...]:
     rows, columns = weight.shape[-2:]
-    return (*x.shape, rows, columns, rows // 2, columns - 1 if causal else columns // 2)
+    grid = x.shape if x.numel() else (0, 0, 0, x.shape[-1])  # an empty grid may have sides whose product overflows
+    return (*grid, rows, columns, rows // 2, columns - 1 if causal else columns // 2)
 
 
 def _as_float(bias: Tensor | None) -> Tensor | None:
