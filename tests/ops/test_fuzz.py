@@ -1,6 +1,7 @@
 """A few hundred random calls of the ops; ``python -m tests.ops.fuzz`` runs as many as one likes."""
 
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -25,7 +26,7 @@ def test_random_calls_compute_or_are_refused():
 def test_a_call_that_dies_or_hangs_is_named(monkeypatch):
     def run(call):
         if call.op == "mlp":
-            os.abort()
+            os.kill(os.getpid(), signal.SIGKILL)
         if call.op == "linear":
             fuzz.time.sleep(10)
 
@@ -34,7 +35,7 @@ def test_a_call_that_dies_or_hangs_is_named(monkeypatch):
     texts = list(fuzz.batches(0, 20, "public"))
     warnings.simplefilter("ignore")  # torch's, of quantised tensors
     ops_drawn = [fuzz.draw_call(seed, "public").op for seed in range(20)]
-    assert sum("ended with -6: mlp" in text for text in texts) == ops_drawn.count("mlp") > 0
+    assert sum("ended with -9: mlp" in text for text in texts) == ops_drawn.count("mlp") > 0
     assert sum("not done after" in text for text in texts) == ops_drawn.count("linear") > 0
 
 

@@ -14,7 +14,7 @@ models run: chunkwise too, in the fastest backend. The stabiliser only keeps num
 constant.
 """
 
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -250,9 +250,7 @@ def _check(
     check("mlstm", "q", q, *rows)
 
 
-def _check_backward(
-    dh: Tensor, dC: Tensor | None, dn: Tensor | None, h: Tensor, q: Tensor, *others: Tensor | None
-) -> None:
+def _check_backward(dh: Tensor, dC: Tensor | None, dn: Tensor | None, h: Tensor, q: Tensor, *others: Any) -> None:
     _check(q, *others)
     if (dC is None) != (dn is None):
         check_together("mlstm", dC=dC, dn=dn)

@@ -13,7 +13,7 @@ Equal forms: ``selective_scan_sequential`` (the lines above, one token after the
 backward pass that computes the states again instead of keeping them.
 """
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -89,10 +89,11 @@ def selective_scan(
         y, state = form(u, delta, A, B, C, D, z, delta_bias, residual, delta_softplus, reverse, initial_state)
         return (y, state) if return_state else y
     dtype = _state_dtype(u)
-    A, D, delta_bias, initial_state = (
+    converted: list[Any] = [
         x if x is None or x.dtype is dtype or x.dtype not in FLOATING else x.to(dtype)
         for x in (A, D, delta_bias, initial_state)
-    )
+    ]
+    A, D, delta_bias, initial_state = converted
     tensors = (u, delta, A, B, C, D, z, delta_bias, residual, initial_state)
     for_backward = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     y, state, _ = torch.ops.linvision.selective_scan(*tensors, delta_softplus, reverse, for_backward)
@@ -251,7 +252,7 @@ def _check_operator(
 
 
 def _check_backward(
-    dy: Tensor, d_state: Tensor, kept: Tensor, u: Tensor, delta: Tensor, A: Tensor, *others: Tensor | None
+    dy: Tensor, d_state: Tensor, kept: Tensor, u: Tensor, delta: Tensor, A: Tensor, *others: Any
 ) -> None:
     check_tensor("selective_scan", "d_state", d_state)
     _check_operator(u, delta, A, *others, d_state)
