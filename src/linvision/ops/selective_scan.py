@@ -255,7 +255,8 @@ def _check_backward(
     dy: Tensor, d_state: Tensor, kept: Tensor, u: Tensor, delta: Tensor, A: Tensor, *others: Any
 ) -> None:
     check_tensor("selective_scan", "d_state", d_state)
-    _check_operator(u, delta, A, *others, d_state)
+    inputs: list[Any] = [u, delta, A, *others, d_state]
+    _check_operator(*inputs)
     (batch, num_tokens, width), num_states = u.shape, A.shape[1]
     num_kept = -(-num_tokens // interval(num_states))
     check("selective_scan", "u", u, ("dy", dy, "(B, S, E)", u.shape, SAME))

@@ -179,7 +179,7 @@ def project(x: Tensor, layer: LinearParameters) -> Tensor:
 
 
 def _typed(parameter: Tensor | None, x: Tensor) -> Tensor | None:
-    return parameter if parameter is None or (casts(x) and casts(parameter)) else parameter.to(x.dtype)
+    return parameter if parameter is None or (casts(x) and parameter.dtype == torch.float32) else parameter.to(x.dtype)
 
 
 def _linear_reference(
