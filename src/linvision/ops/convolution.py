@@ -110,7 +110,7 @@ def _check_activation(op: str, activation: Activation) -> None:
 def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool, silu: bool, reverse: bool) -> Tensor:
     """Convolve as an image in channels-last layout, which is this very memory."""
     if x.numel() == 0:  # torch's convolution refuses it; so all gradients are there, and zero
-        return x * sum(parameter.sum() for parameter in (weight, bias) if parameter is not None)
+        return x * sum(each[:0].sum() for each in (weight, bias) if each is not None)
     # oneDNN takes minutes to prepare a wide convolution of bfloat16.
     wide = x.device.type == "cpu" and max(weight.shape[2:]) > WIDEST_BFLOAT16
     convolve, dtype = without_autocast(F.conv2d) if wide else F.conv2d, x.dtype
