@@ -193,7 +193,7 @@ def _wrong_kind(draw: Draw, x: Tensor) -> Tensor:
         return x.float().contiguous().to_mkldnn()
     if kind == 3:
         return torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8)
-    if kind == 4 and not x.is_quantized:
+    if kind == 4 and x.dtype in BOUND:
         return torch._neg_view(x)
     if kind == 5:
         return torch._efficientzerotensor(x.shape, dtype=x.dtype)
