@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from linvision.errors import BackendError
 from linvision.ops import causal_conv1d, depthwise_conv2d, use_backend
+from tests.goldens import relative_error
 from tests.ops import kernels
 
 
@@ -231,3 +232,14 @@ def test_no_tokens_give_none_and_zero_gradients(shape, backend):
     assert y.shape == shape
     assert not weight.grad.any()
     assert not bias.grad.any()
+
+
+@pytest.mark.timeout(50)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_wide_convolutions_of_bfloat16_do_not_wait_for_ever(autocast):
+    x, weight = torch.randn(1, 48, 7), torch.randn(7, 1, 17)
+    expected = causal_conv1d(x, weight)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.no_grad():
+        y = causal_conv1d(x if autocast else x.bfloat16(), weight)
+    assert relative_error(y, expected) < 2e-2
+    assert y.dtype == (x if autocast else x.bfloat16()).dtype

@@ -17,6 +17,11 @@ def autocasts(x: Tensor) -> bool:
     return _knows_autocast(device) and torch.is_autocast_enabled(device)
 
 
+def casts(x: Tensor) -> bool:
+    """Say whether autocast casts this tensor for a matrix product: it leaves float64 alone."""
+    return x.dtype != torch.float64 and autocasts(x)
+
+
 @torch.compiler.assume_constant_result  # torch 2.11 cannot trace the question
 def _knows_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
@@ -24,7 +29,7 @@ def _knows_autocast(device: str) -> bool:
 
 def cast_once(x: Tensor) -> Tensor:
     """Cast x as autocast does for a matrix product, so that several products of x share, and keep, one copy."""
-    return x.to(torch.get_autocast_dtype(x.device.type)) if autocasts(x) and x.dtype != torch.float64 else x
+    return x.to(torch.get_autocast_dtype(x.device.type)) if casts(x) else x
 
 
 def without_autocast(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:

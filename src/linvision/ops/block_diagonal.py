@@ -8,7 +8,7 @@ They are those of xLSTM (arXiv 2405.04517, figure 11) and Vision-LSTM (arXiv 240
 import torch.nn.functional as F
 from torch import Tensor
 
-from linvision.ops.checks import ANY, check, check_axes
+from linvision.ops.checks import ANY, OPTIONAL, check, check_axes
 
 BLOCK_SIZE = 4
 
@@ -38,7 +38,7 @@ def block_diagonal(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
         "x",
         x,
         ("weight", weight, "(G, 4, 4)", (width // BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE), ANY),
-        ("bias", bias, "(4 G,)", (width,), ANY),
+        ("bias", bias, "(4 G,)", (width,), ANY | OPTIONAL),
     )
     return project_blocks(x, weight, bias)
 
@@ -46,7 +46,7 @@ def block_diagonal(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 def project_blocks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute ``block_diagonal`` of what has been checked."""
     if x.numel() == 0:  # torch's convolution refuses it; so all gradients are there, and zero
-        return x * sum(parameter.sum() for parameter in (weight, bias) if parameter is not None)
+        return x * sum(each[:0].sum() for each in (weight, bias) if each is not None)
     kernels = weight.reshape(-1, BLOCK_SIZE, 1, 1).to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     return F.conv2d(x[:, None].permute(0, 3, 1, 2), kernels, bias, groups=len(weight)).permute(0, 2, 3, 1)[:, 0]

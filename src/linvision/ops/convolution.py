@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from linvision.ops.checks import ANY, check, check_axes
+from linvision.ops.autocast import without_autocast
+from linvision.ops.checks import ANY, OPTIONAL, SAME, Row, check, check_axes
 from linvision.ops.dispatch import Dispatcher
 
 Activation = Literal["silu"] | None
+WIDEST_BFLOAT16 = 8  # taps along a side
 GRID = ("B", "rows", "columns", "C")
 
 
@@ -40,11 +42,7 @@ def depthwise_conv2d(
     Raises:
         ValueError: where shapes, types or devices disagree, for an even kernel or an unknown activation.
     """
-    check_axes("depthwise_conv2d", "x", x, GRID)
-    check_axes("depthwise_conv2d", "weight", weight, "C1KL", needed="CKL")
-    _check("depthwise_conv2d", x, weight, bias, activation)
-    if not (weight.shape[2] % 2 and weight.shape[3] % 2):
-        raise ValueError(f"depthwise_conv2d: kernels must have odd sides but are {tuple(weight.shape[2:])}")
+    _check_activation("depthwise_conv2d", activation)
     return _convolve(x, weight, bias, False, activation == "silu", reverse)
 
 
@@ -67,22 +65,44 @@ def causal_conv1d(
     Raises:
         ValueError: where shapes, types or devices disagree, or for an unknown activation.
     """
-    check_axes("causal_conv1d", "x", x, "BSC")
-    check_axes("causal_conv1d", "weight", weight, "C1K", needed="CK")
-    _check("causal_conv1d", x, weight, bias, activation)
-    return _convolve(x[:, None], weight[:, :, None], bias, True, activation == "silu", reverse)[:, 0]
+    if x.ndim != 3 or weight.ndim != 3:
+        check_axes("causal_conv1d", "x", x, "BSC")
+        check_axes("causal_conv1d", "weight", weight, "C1K")
+    _check_activation("causal_conv1d", activation)
+    try:
+        return _convolve(x[:, None], weight[:, :, None], bias, True, activation == "silu", reverse)[:, 0]
+    except ValueError:
+        check("causal_conv1d", "x", x, *_rows(x, weight, bias))  # tells it in the shapes that were given
+        raise
 
 
-def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool) -> None:
+    op = "causal_conv1d" if causal else "depthwise_conv2d"
+    check_axes(op, "x", x, GRID)
+    check_axes(op, "weight", weight, "C1KL", needed="CKL")
+    check(op, "x", x, *_rows(x, weight, bias))
+    rows, columns = weight.shape[2:]
+    if causal and rows != 1:
+        raise ValueError(f"{op}: kernels must have 1 row but are {(rows, columns)}")
+    if not (causal or (rows % 2 and columns % 2)):
+        raise ValueError(f"{op}: kernels must have odd sides but are {(rows, columns)}")
+
+
+def _check_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool) -> None:
+    _check(x, weight, bias, causal)
+    check("depthwise_conv", "x", x, ("dy", dy, "(B, rows, columns, C)", x.shape, SAME))
+
+
+def _rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Row, Row]:
     channels, kernels = x.shape[-1], weight.shape
     letters = "(C, 1, K)" if len(kernels) == 3 else "(C, 1, K, L)"
-    check(
-        op,
-        "x",
-        x,
+    return (
         ("weight", weight, letters, (channels, 1, *kernels[2:]), ANY),
-        ("bias", bias, "(C,)", (channels,), ANY),
+        ("bias", bias, "(C,)", (channels,), ANY | OPTIONAL),
     )
+
+
+def _check_activation(op: str, activation: Activation) -> None:
     if activation not in ("silu", None):
         raise ValueError(f"{op}: activation must be 'silu' or None but is {activation!r}")
 
@@ -90,7 +110,12 @@ def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, activation: 
 def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool, silu: bool, reverse: bool) -> Tensor:
     """Convolve as an image in channels-last layout, which is this very memory."""
     if x.numel() == 0:  # torch's convolution refuses it; so all gradients are there, and zero
-        return x * sum(parameter.sum() for parameter in (weight, bias) if parameter is not None)
+        return x * sum(each[:0].sum() for each in (weight, bias) if each is not None)
+    # oneDNN takes minutes to prepare a wide convolution of bfloat16.
+    wide = x.device.type == "cpu" and max(weight.shape[2:]) > WIDEST_BFLOAT16
+    convolve, dtype = without_autocast(F.conv2d) if wide else F.conv2d, x.dtype
+    if wide and x.dtype == torch.bfloat16:
+        x = x.float()
     weight = (weight.flip(2, 3) if reverse else weight).to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     padding = (weight.shape[2] // 2, weight.shape[3] // 2)
@@ -99,8 +124,8 @@ def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool, sil
         image, padding = F.pad(x, (0, 0, 0, seen) if reverse else (0, 0, seen, 0)), (0, 0)
     else:
         image = x
-    y = F.conv2d(image.permute(0, 3, 1, 2), weight, bias, padding=padding, groups=len(weight)).permute(0, 2, 3, 1)
-    return (F.silu(y) if silu else y).to(x.dtype)
+    y = convolve(image.permute(0, 3, 1, 2), weight, bias, padding=padding, groups=len(weight)).permute(0, 2, 3, 1)
+    return (F.silu(y) if silu else y).to(dtype)
 
 
 IMPLEMENTATIONS = Dispatcher("depthwise_conv", reference=_reference)
@@ -109,6 +134,7 @@ IMPLEMENTATIONS = Dispatcher("depthwise_conv", reference=_reference)
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool, silu: bool, reverse: bool) -> Tensor:
     form = IMPLEMENTATIONS.inlined(x, weight)
     if form is not None:
+        _check(x, weight, bias, causal)
         return form(x, weight, bias, causal, silu, reverse)
     return torch.ops.linvision.depthwise_conv(x, weight, bias, causal, silu, reverse)
 
@@ -119,6 +145,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool, silu
 
 @torch.library.custom_op("linvision::depthwise_conv", mutates_args=())
 def _depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool, silu: bool, reverse: bool) -> Tensor:
+    _check(x, weight, bias, causal)
     implementation = IMPLEMENTATIONS.choose(x, weight)
     with torch.autocast(x.device.type, enabled=False):
         return implementation.forward(x, weight, bias, causal=causal, silu=silu, reverse=reverse)
@@ -126,6 +153,7 @@ def _depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool
 
 @_depthwise_conv.register_fake
 def _(x, weight, bias, causal, silu, reverse):
+    _check(x, weight, bias, causal)
     return x.new_empty(x.shape)
 
 
@@ -133,12 +161,14 @@ def _(x, weight, bias, causal, silu, reverse):
 def _depthwise_conv_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, causal: bool, silu: bool, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_backward(dy, x, weight, bias, causal)
     implementation = IMPLEMENTATIONS.kernels(x, weight)
     return implementation.backward(dy, x, weight, bias, causal=causal, silu=silu, reverse=reverse)
 
 
 @_depthwise_conv_backward.register_fake
 def _(dy, x, weight, bias, causal, silu, reverse):
+    _check_backward(dy, x, weight, bias, causal)
     dbias = weight.new_empty(len(weight), dtype=torch.float32) if bias is None else bias.new_empty(bias.shape)
     return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias
 

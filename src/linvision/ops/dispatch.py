@@ -37,9 +37,11 @@ class Expression:
         return None
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
-        """Compute dense results, as operators promise them."""
+        """Compute dense results that share no memory, as operators promise them."""
         results = self.form(*arguments, **options)
-        return results.contiguous() if isinstance(results, Tensor) else tuple(x.contiguous() for x in results)
+        if isinstance(results, Tensor):
+            return results.contiguous()
+        return tuple(x.clone(memory_format=torch.contiguous_format) for x in results)
 
 
 class Dispatcher:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linvision.ops.checks import ANY, SAME, check, check_axes
+from linvision.ops.checks import ANY, OPTIONAL, SAME, check, check_axes
 from linvision.ops.dispatch import Dispatcher
 
 
@@ -33,10 +33,10 @@ def gated_head_norm(
     Raises:
         ValueError: where shapes, types or devices disagree.
     """
-    _check(h, c, z, weight, bias, skip)
     # Without a gate the kernels have no gradient.
     form = IMPLEMENTATIONS.inlined(h, inference_only=z is None)
     if form is not None:
+        _check(h, c, z, weight, bias, skip)
         return form(h, c, z, weight, bias, skip, eps)
     return torch.ops.linvision.gated_head_norm(h, c, z, weight, bias, skip, eps)
 
@@ -51,11 +51,18 @@ def _check(h: Tensor, c: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor 
         "h",
         h,
         ("c", c, "(B, S, H * D)", tokens, SAME),
-        ("z", z, "(B, S, H * D)", tokens, SAME),
+        ("z", z, "(B, S, H * D)", tokens, SAME | OPTIONAL),
         ("weight", weight, "(H * D,)", channels, ANY),
-        ("bias", bias, "(H * D,)", channels, ANY),
+        ("bias", bias, "(H * D,)", channels, ANY | OPTIONAL),
         ("skip", skip, "(H * D,)", channels, ANY),
     )
+
+
+def _check_backward(
+    dy: Tensor, h: Tensor, c: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor
+) -> None:
+    _check(h, c, z, weight, bias, skip)
+    check("gated_head_norm", "c", c, ("dy", dy, "(B, S, H * D)", c.shape, SAME), ("z", z, "", c.shape, SAME))
 
 
 def _reference(
@@ -78,12 +85,14 @@ IMPLEMENTATIONS = Dispatcher("gated_head_norm", reference=_reference)
 def _gated_head_norm(
     h: Tensor, c: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor | None, skip: Tensor, eps: float
 ) -> Tensor:
+    _check(h, c, z, weight, bias, skip)
     with torch.autocast(h.device.type, enabled=False):
         return IMPLEMENTATIONS.choose(h).forward(h, c, z, weight, bias, skip, eps)
 
 
 @_gated_head_norm.register_fake
 def _(h, c, z, weight, bias, skip, eps):
+    _check(h, c, z, weight, bias, skip)
     return h.new_empty(c.shape)
 
 
@@ -92,11 +101,13 @@ def _gated_head_norm_backward(
     dy: Tensor, h: Tensor, c: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor, eps: float
 ) -> list[Tensor]:
     """Return the gradients of h, c, z, weight, bias where it is given, and skip."""
+    _check_backward(dy, h, c, z, weight, bias, skip)
     return IMPLEMENTATIONS.kernels(h).backward(dy, h, c, z, weight, bias, skip, eps)
 
 
 @_gated_head_norm_backward.register_fake
 def _(dy, h, c, z, weight, bias, skip, eps):
+    _check_backward(dy, h, c, z, weight, bias, skip)
     return [x.new_empty(x.shape) for x in (h, c, z, weight, bias, skip) if x is not None]
 
 

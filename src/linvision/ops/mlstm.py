@@ -14,7 +14,7 @@ models run: chunkwise too, in the fastest backend. The stabiliser only keeps num
 constant.
 """
 
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from torch.utils.flop_counter import register_flop_formula
 from linvision.errors import BackendError
 from linvision.ops.autocast import without_autocast
 from linvision.ops.backends.plain.mlstm import EPS, chunk_length
-from linvision.ops.checks import ANY, SAME, check, check_axes
+from linvision.ops.checks import ANY, OPTIONAL, SAME, check, check_axes, check_together
 from linvision.ops.dispatch import Dispatcher
 from linvision.ops.recurrence import linear_recurrence, running_maximum
 
@@ -76,11 +76,11 @@ def mlstm(
     Raises:
         ValueError: where shapes, types or devices disagree, or a sequence is empty.
     """
-    _check(q, k, v, i, f, initial_state)
+    C, n, m = (None, None, None) if initial_state is None else initial_state
     form = IMPLEMENTATIONS.form()
     if form is not None:
+        _check(q, k, v, i, f, C, n, m)
         return form(q, k, v, i, f, initial_state=initial_state, return_state=return_state, reverse=reverse)
-    C, n, m = (None, None, None) if initial_state is None else initial_state
     h, C, n, m = torch.ops.linvision.mlstm(q, k, v, i, f, C, n, m, return_state, reverse)
     return (h, MLSTMState(C, n, m)) if return_state else h
 
@@ -98,7 +98,7 @@ def mlstm_recurrent(
     reverse: bool = False,
 ) -> Tensor | tuple[Tensor, MLSTMState]:
     """Compute what ``mlstm`` computes one token after the other, as the equations stand; for tests and for reading."""
-    _check(q, k, v, i, f, initial_state)
+    _check(q, k, v, i, f, *(initial_state or (None, None, None)))
     dtype = _state_dtype(q)
     batch, num_tokens, num_heads, head_dim = q.shape
     if initial_state is None:
@@ -122,7 +122,7 @@ def mlstm_recurrent(
 
 def mlstm_parallel(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, *, reverse: bool = False) -> Tensor:
     """Compute what ``mlstm`` computes through one S x S matrix a head, O(S^2 D); for tests and benchmarks."""
-    _check(q, k, v, i, f, None)
+    _check(q, k, v, i, f, None, None, None)
     return _parallel(q, k, v, i, f, reverse=reverse)
 
 
@@ -228,7 +228,9 @@ def _state_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MLSTMState | None) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor | None, n: Tensor | None, m: Tensor | None
+) -> None:
     check_axes("mlstm", "q", q, "BSHD", needed="SHD")
     shape = q.shape
     rows = (
@@ -237,14 +239,31 @@ def _check(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MLSTMSt
         ("i", i, "(B, S, H)", shape[:3], ANY),
         ("f", f, "(B, S, H)", shape[:3], ANY),
     )
-    if state is not None:
+    if not (C is n is m is None):
+        check_together("mlstm", C=C, n=n, m=m)
         batch, _, num_heads, head_dim = shape
         rows += (
-            ("initial_state.C", state.C, "(B, H, D, D)", (batch, num_heads, head_dim, head_dim), ANY),
-            ("initial_state.n", state.n, "(B, H, D)", (batch, num_heads, head_dim), ANY),
-            ("initial_state.m", state.m, "(B, H)", (batch, num_heads), ANY),
+            ("initial_state.C", C, "(B, H, D, D)", (batch, num_heads, head_dim, head_dim), ANY),
+            ("initial_state.n", n, "(B, H, D)", (batch, num_heads, head_dim), ANY),
+            ("initial_state.m", m, "(B, H)", (batch, num_heads), ANY),
         )
     check("mlstm", "q", q, *rows)
+
+
+def _check_backward(dh: Tensor, dC: Tensor | None, dn: Tensor | None, h: Tensor, q: Tensor, *others: Any) -> None:
+    _check(q, *others)
+    if (dC is None) != (dn is None):
+        check_together("mlstm", dC=dC, dn=dn)
+    batch, _, num_heads, head_dim = q.shape
+    check(
+        "mlstm",
+        "q",
+        q,
+        ("h", h, "(B, S, H, D)", q.shape, SAME),
+        ("dh", dh, "(B, S, H, D)", q.shape, SAME),
+        ("dC", dC, "(B, H, D, D)", (batch, num_heads, head_dim, head_dim), ANY | OPTIONAL),
+        ("dn", dn, "(B, H, D)", (batch, num_heads, head_dim), ANY | OPTIONAL),
+    )
 
 
 # The op as torch sees it: opaque to compile and export, with a meta kernel, a gradient and a count of its operations.
@@ -264,6 +283,7 @@ def _mlstm(
     return_state: bool,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(q, k, v, i, f, C, n, m)
     state, implementation = _transposed_state(C, n, m), IMPLEMENTATIONS.choose(q)
     with torch.autocast(q.device.type, enabled=False):
         h, final = implementation.forward(q, k, v, i, f, state, return_state=return_state, reverse=reverse)
@@ -272,6 +292,7 @@ def _mlstm(
 
 @_mlstm.register_fake
 def _(q, k, v, i, f, C, n, m, return_state, reverse):
+    _check(q, k, v, i, f, C, n, m)
     batch, _, num_heads, head_dim = q.shape
     dtype = _state_dtype(q)
     if not return_state:
@@ -300,6 +321,7 @@ def _mlstm_backward(
     m: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_backward(dh, dC, dn, h, q, k, v, i, f, C, n, m)
     state, implementation = _transposed_state(C, n, m), IMPLEMENTATIONS.choose(q)
     d_final = None if dC is None or dn is None else (dC.mT, dn)
     with torch.autocast(q.device.type, enabled=False):
@@ -309,6 +331,7 @@ def _mlstm_backward(
 
 @_mlstm_backward.register_fake
 def _(dh, dC, dn, h, q, k, v, i, f, C, n, m, reverse):
+    _check_backward(dh, dC, dn, h, q, k, v, i, f, C, n, m)
     d_initial = (0,) if C is None else C.shape, (0,) if n is None else n.shape
     dtype = _state_dtype(q)
     return *(x.new_empty(x.shape) for x in (q, k, v, i, f)), *(q.new_empty(shape, dtype=dtype) for shape in d_initial)

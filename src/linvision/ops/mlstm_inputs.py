@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from linvision.ops.block_diagonal import BLOCK_SIZE, project_blocks
-from linvision.ops.checks import ANY, SAME, check, check_axes
+from linvision.ops.checks import ANY, OPTIONAL, SAME, check, check_axes
 from linvision.ops.dispatch import Dispatcher
 from linvision.ops.parameters import BlockDiagonalParameters, GateParameters
 
@@ -58,47 +58,73 @@ def mlstm_inputs(
     Raises:
         ValueError: where shapes, types or devices disagree.
     """
-    check_mlstm_inputs(c, x, q, k, v, i, f)
     weights, biases = (q.weight, k.weight, v.weight), (q.bias, k.bias, v.bias)
     form = IMPLEMENTATIONS.inlined(c, i.bias)
     if form is not None:
-        return MLSTMInputs(*form(c, x, weights, biases, (i.weight, f.weight), (i.bias, f.bias)))
+        tensors = (c, x, weights, biases, (i.weight, f.weight), (i.bias, f.bias))
+        check_mlstm_inputs(*tensors)
+        return MLSTMInputs(*form(*tensors))
     return MLSTMInputs(*torch.ops.linvision.mlstm_inputs(c, x, *weights, *biases, i.weight, f.weight, i.bias, f.bias))
 
 
 def check_mlstm_inputs(
     c: Tensor,
     x: Tensor,
-    q: BlockDiagonalParameters,
-    k: BlockDiagonalParameters,
-    v: BlockDiagonalParameters,
-    i: GateParameters,
-    f: GateParameters,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    gate_weights: Sequence[Tensor],
+    gate_biases: Sequence[Tensor],
 ) -> None:
     """Raise ValueError unless c and x are tokens that the parameters fit."""
     check_axes("mlstm_inputs", "c", c, "BSE", needed="E")
-    check_axes("mlstm_inputs", "i.bias", i.bias, "H", needed="H")
-    width, num_heads = c.shape[2], i.bias.shape[0]
+    check_axes("mlstm_inputs", "i.bias", gate_biases[0], "H", needed="H")
+    width, num_heads = c.shape[2], gate_biases[0].shape[0]
     if width % BLOCK_SIZE:
         raise ValueError(
             f"mlstm_inputs: c must have a multiple of {BLOCK_SIZE} channels but has shape {tuple(c.shape)}"
         )
-    blocks, gate = (width // BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE), (num_heads, 3 * width)
+    blocks, gate, heads = (width // BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE), (num_heads, 3 * width), (num_heads,)
     check(
         "mlstm_inputs",
         "c",
         c,
         ("x", x, "(B, S, E)", c.shape, SAME),
-        ("q.weight", q.weight, "(E / 4, 4, 4)", blocks, ANY),
-        ("k.weight", k.weight, "(E / 4, 4, 4)", blocks, ANY),
-        ("v.weight", v.weight, "(E / 4, 4, 4)", blocks, ANY),
-        ("q.bias", q.bias, "(E,)", (width,), ANY),
-        ("k.bias", k.bias, "(E,)", (width,), ANY),
-        ("v.bias", v.bias, "(E,)", (width,), ANY),
-        ("i.weight", i.weight, "(H, 3 E)", gate, ANY),
-        ("f.weight", f.weight, "(H, 3 E)", gate, ANY),
-        ("i.bias", i.bias, "(H,)", (num_heads,), ANY),
-        ("f.bias", f.bias, "(H,)", (num_heads,), ANY),
+        ("q.weight", weights[0], "(E / 4, 4, 4)", blocks, ANY),
+        ("k.weight", weights[1], "(E / 4, 4, 4)", blocks, ANY),
+        ("v.weight", weights[2], "(E / 4, 4, 4)", blocks, ANY),
+        ("q.bias", biases[0], "(E,)", (width,), ANY | OPTIONAL),
+        ("k.bias", biases[1], "(E,)", (width,), ANY | OPTIONAL),
+        ("v.bias", biases[2], "(E,)", (width,), ANY | OPTIONAL),
+        ("i.weight", gate_weights[0], "(H, 3 E)", gate, ANY),
+        ("f.weight", gate_weights[1], "(H, 3 E)", gate, ANY),
+        ("i.bias", gate_biases[0], "(H,)", heads, ANY),
+        ("f.bias", gate_biases[1], "(H,)", heads, ANY),
+    )
+
+
+def _check_backward(
+    gradients: Sequence[Tensor],
+    c: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    gate_weights: Sequence[Tensor],
+    gate_biases: Sequence[Tensor],
+) -> None:
+    numbers = tuple(map(len, (gradients, weights, gate_weights, gate_biases)))
+    if numbers != (5, 3, 2, 2):
+        raise ValueError(f"mlstm_inputs: needs 5 gradients, 3 weights, 2 gate weights and 2 gate biases, not {numbers}")
+    check_mlstm_inputs(c, x, weights, biases, gate_weights, gate_biases)
+    gates = (*c.shape[:2], len(gate_biases[0]))
+    check(
+        "mlstm_inputs",
+        "c",
+        c,
+        *(
+            (f"d{name}", gradient, "(B, S, E)", c.shape, SAME)
+            for name, gradient in zip("qkv", gradients[:3], strict=True)
+        ),
+        *((f"d{name}", gradient, "(B, S, H)", gates, ANY) for name, gradient in zip("if", gradients[3:], strict=True)),
     )
 
 
@@ -112,10 +138,11 @@ def _reference(
 ) -> Five:
     q, k, v = (project_blocks(*given) for given in zip((c, c, x), weights, biases, strict=True))
     # One pre-activation per token, head and gate: a Linear of concat(q, k, v), as three products without the copy.
-    gates, weight = torch.cat(list(gate_biases)).to(c.dtype), torch.cat(list(gate_weights)).to(c.dtype)
+    dtype = torch.promote_types(c.dtype, torch.float32)  # autocast cannot concatenate float16 on a CPU
+    gates, weight = (torch.cat([x.to(dtype) for x in group]).to(c.dtype) for group in (gate_biases, gate_weights))
     for source, part in zip((q, k, v), weight.chunk(3, dim=1), strict=True):
         gates = gates + F.linear(source, part)
-    i, f = gates.to(torch.promote_types(c.dtype, torch.float32)).chunk(2, dim=-1)
+    i, f = gates.to(dtype).chunk(2, dim=-1)
     return q, k, v, i, f
 
 
@@ -140,14 +167,17 @@ def _mlstm_inputs(
     i_bias: Tensor,
     f_bias: Tensor,
 ) -> Five:
-    implementation = IMPLEMENTATIONS.choose(c, i_bias)
     weights, biases = (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias)
+    tensors = (c, x, weights, biases, (i_weight, f_weight), (i_bias, f_bias))
+    check_mlstm_inputs(*tensors)
     with torch.autocast(c.device.type, enabled=False):
-        return implementation.forward(c, x, weights, biases, (i_weight, f_weight), (i_bias, f_bias))
+        return IMPLEMENTATIONS.choose(c, i_bias).forward(*tensors)
 
 
 @_mlstm_inputs.register_fake
 def _(c, x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, i_weight, f_weight, i_bias, f_bias):
+    weights, biases = (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias)
+    check_mlstm_inputs(c, x, weights, biases, (i_weight, f_weight), (i_bias, f_bias))
     dtype = torch.promote_types(c.dtype, torch.float32)
     return *(c.new_empty(c.shape) for _ in range(3)), *(
         c.new_empty(*c.shape[:2], len(i_bias), dtype=dtype) for _ in "if"
@@ -167,12 +197,14 @@ def _mlstm_inputs_backward(
     gate_biases: list[Tensor],
 ) -> list[Tensor]:
     """Return the gradients of all inputs in order, biases that are None left out."""
-    implementation, biases = IMPLEMENTATIONS.kernels(c, gate_biases[0]), (q_bias, k_bias, v_bias)
-    return implementation.backward(gradients, c, x, weights, biases, gate_weights, gate_biases)
+    tensors = (gradients, c, x, weights, (q_bias, k_bias, v_bias), gate_weights, gate_biases)
+    _check_backward(*tensors)
+    return IMPLEMENTATIONS.kernels(c, gate_biases[0]).backward(*tensors)
 
 
 @_mlstm_inputs_backward.register_fake
 def _(gradients, c, x, weights, q_bias, k_bias, v_bias, gate_weights, gate_biases):
+    _check_backward(gradients, c, x, weights, (q_bias, k_bias, v_bias), gate_weights, gate_biases)
     biases = [bias for bias in (q_bias, k_bias, v_bias) if bias is not None]
     return [tensor.new_empty(tensor.shape) for tensor in (c, x, *weights, *biases, *gate_weights, *gate_biases)]
 

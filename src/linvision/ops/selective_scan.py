@@ -13,7 +13,7 @@ Equal forms: ``selective_scan_sequential`` (the lines above, one token after the
 backward pass that computes the states again instead of keeping them.
 """
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from linvision.ops.autocast import without_autocast
 from linvision.ops.backends.scan_inputs import Inputs, interval
-from linvision.ops.checks import ANY, SAME, check, check_axes
+from linvision.ops.checks import ANY, FLOATING, OPTIONAL, SAME, check, check_axes, check_tensor
 from linvision.ops.dispatch import Dispatcher
 from linvision.ops.recurrence import linear_recurrence
 
@@ -83,14 +83,18 @@ def selective_scan(
     Raises:
         ValueError: where shapes, types or devices disagree, or a sequence is empty.
     """
-    _check(u, delta, A, B, C, D, z, delta_bias, residual, initial_state)
     form = IMPLEMENTATIONS.form()
     if form is not None:
+        _check(u, delta, A, B, C, D, z, delta_bias, residual, initial_state)
         y, state = form(u, delta, A, B, C, D, z, delta_bias, residual, delta_softplus, reverse, initial_state)
         return (y, state) if return_state else y
     dtype = _state_dtype(u)
-    D, delta_bias, initial_state = (None if x is None else x.to(dtype) for x in (D, delta_bias, initial_state))
-    tensors = (u, delta, A.to(dtype), B, C, D, z, delta_bias, residual, initial_state)
+    converted: list[Any] = [
+        x if x is None or x.dtype is dtype or x.dtype not in FLOATING else x.to(dtype)
+        for x in (A, D, delta_bias, initial_state)
+    ]
+    A, D, delta_bias, initial_state = converted
+    tensors = (u, delta, A, B, C, D, z, delta_bias, residual, initial_state)
     for_backward = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     y, state, _ = torch.ops.linvision.selective_scan(*tensors, delta_softplus, reverse, for_backward)
     return (y, state) if return_state else y
@@ -216,12 +220,48 @@ def _check(
         ("A", A, "(E, N)", (width, num_states), ANY),
         ("B", B, "(B, S, N)", states, SAME),
         ("C", C, "(B, S, N)", states, SAME),
-        ("D", D, "(E,)", (width,), ANY),
-        ("z", z, "(B, S, E)", tokens, SAME),
-        ("delta_bias", delta_bias, "(E,)", (width,), ANY),
-        ("residual", residual, "(B, S, E)", tokens, SAME),
-        ("initial_state", initial_state, "(B, E, N)", (batch, width, num_states), ANY),
+        ("D", D, "(E,)", (width,), ANY | OPTIONAL),
+        ("z", z, "(B, S, E)", tokens, SAME | OPTIONAL),
+        ("delta_bias", delta_bias, "(E,)", (width,), ANY | OPTIONAL),
+        ("residual", residual, "(B, S, E)", tokens, SAME | OPTIONAL),
+        ("initial_state", initial_state, "(B, E, N)", (batch, width, num_states), ANY | OPTIONAL),
     )
+
+
+def _check_operator(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    residual: Tensor | None,
+    initial_state: Tensor | None,
+) -> None:
+    """Check what the operator is given, for which the public function has converted parameters and states."""
+    _check(u, delta, A, B, C, D, z, delta_bias, residual, initial_state)
+    dtype = _state_dtype(u)
+    for x in (A, D, delta_bias, initial_state):
+        if x is not None and x.dtype is not dtype:
+            raise ValueError(
+                f"selective_scan: beside u of {u.dtype} the operator takes A, D, delta_bias and states of {dtype}, not "
+                f"{x.dtype}; linvision.ops.selective_scan converts them"
+            )
+
+
+def _check_backward(
+    dy: Tensor, d_state: Tensor, kept: Tensor, u: Tensor, delta: Tensor, A: Tensor, *others: Any
+) -> None:
+    check_tensor("selective_scan", "d_state", d_state)
+    inputs: list[Any] = [u, delta, A, *others, d_state]
+    _check_operator(*inputs)
+    (batch, num_tokens, width), num_states = u.shape, A.shape[1]
+    num_kept = -(-num_tokens // interval(num_states))
+    check("selective_scan", "u", u, ("dy", dy, "(B, S, E)", u.shape, SAME))
+    kept_shape = (num_kept, batch, num_states, width)
+    check("selective_scan", "d_state", d_state, ("kept", kept, "(S / interval, B, N, E)", kept_shape, SAME))
 
 
 # The op as torch sees it: opaque to compile and export, with a meta kernel, a gradient and a count of its operations.
@@ -244,6 +284,7 @@ def _selective_scan(
     reverse: bool,
     keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_operator(u, delta, A, B, C, D, z, delta_bias, residual, initial_state)
     implementation, A = IMPLEMENTATIONS.choose(u, A), A.mT.contiguous()
     inputs = Inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, residual)
     with torch.autocast(u.device.type, enabled=False):
@@ -252,6 +293,7 @@ def _selective_scan(
 
 @_selective_scan.register_fake
 def _(u, delta, A, B, C, D, z, delta_bias, residual, initial_state, delta_softplus, reverse, keep_states):
+    _check_operator(u, delta, A, B, C, D, z, delta_bias, residual, initial_state)
     (batch, num_tokens, width), num_states = u.shape, A.shape[1]
     num_kept = -(-num_tokens // interval(num_states)) if keep_states else 0
     return (
@@ -279,10 +321,11 @@ def _selective_scan_backward(
     reverse: bool,
 ) -> list[Tensor]:
     """Return the gradients of u, delta, A, B, C, initial_state, then those given of D, z, delta_bias, residual."""
+    _check_backward(dy, d_state, kept, u, delta, A, B, C, D, z, delta_bias, residual)
     implementation, A = IMPLEMENTATIONS.choose(u, A), A.mT.contiguous()
     inputs = Inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, residual)
     with torch.autocast(u.device.type, enabled=False):
-        gradients = implementation.backward(inputs, kept, dy, d_state)
+        gradients = implementation.backward(inputs, kept.contiguous(), dy, d_state)
     gradients["A"] = gradients["A"].mT.contiguous()
     order = ("u", "delta", "A", "B", "C", "initial_state", "D", "z", "delta_bias", "residual")
     return [gradients[name] for name in order if name in gradients]
@@ -290,6 +333,7 @@ def _selective_scan_backward(
 
 @_selective_scan_backward.register_fake
 def _(dy, d_state, kept, u, delta, A, B, C, D, z, delta_bias, residual, delta_softplus, reverse):
+    _check_backward(dy, d_state, kept, u, delta, A, B, C, D, z, delta_bias, residual)
     return [x.new_empty(x.shape) for x in (u, delta, A, B, C, d_state, D, z, delta_bias, residual) if x is not None]
 
 

@@ -4,7 +4,8 @@ A backend is a package with
 
 - ``DEVICE``: the type of device that it is made for, None for any;
 - ``IMPLEMENTATIONS``: by the name of the registered operator, a module with ``unsupported(...)``, which gives a reason
-  or None, ``forward`` and, unless the operator is for inference alone, ``backward``.
+  or None, whatever the shapes, which are checked after it, ``forward`` and, unless the operator is for inference alone,
+  ``backward``.
 """
 
 from importlib import import_module

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from linvision.ops.autocast import autocasts
-from linvision.ops.checks import ANY, Row, check
+from linvision.ops.autocast import casts
+from linvision.ops.checks import ANY, OPTIONAL, SAME, Row, check, check_tensor
 from linvision.ops.dispatch import Dispatcher
 from linvision.ops.parameters import LayerNormParameters, LinearParameters
 
@@ -41,20 +41,11 @@ def linear(
     Raises:
         ValueError: where shapes, types or devices disagree.
     """
-    alike, tokens = not autocasts(x), x.shape[:-1]
-    rows = layer_rows("linear", x, ("layer", layer), norm=norm, alike=alike)
-    check(
-        "linear",
-        "x",
-        x,
-        *rows,
-        ("gate", gate, "(..., inputs)", x.shape, alike),
-        ("residual", residual, "(..., outputs)", (*tokens, layer.weight.shape[0]), alike),
-    )
     form = LINEAR.inlined(x, layer.weight, inference_only=True)
     if form is not None:
+        _check_linear(x, layer, norm, gate, residual, alike=not casts(x))
         return form(x, layer, norm, gate, residual)
-    return torch.ops.linvision.linear(x, *layer, *(norm or (None, None, 0.0)), gate, residual)
+    return torch.ops.linvision.linear(x, *layer, *given_norm("linear", norm), gate, residual)
 
 
 def mlp(
@@ -80,13 +71,61 @@ def mlp(
     Raises:
         ValueError: where shapes, types or devices disagree.
     """
-    alike, outputs = not autocasts(x), (*x.shape[:-1], second.weight.shape[0])
-    rows = layer_rows("mlp", x, ("first", first), ("second", second), norm=norm, alike=alike)
-    check("mlp", "x", x, *rows, ("residual", residual, "(..., outputs)", outputs, alike))
     form = MLP.inlined(x, first.weight, second.weight, inference_only=True)
     if form is not None:
+        _check_mlp(x, first, second, norm, residual, alike=not casts(x))
         return form(x, first, second, norm, residual)
-    return torch.ops.linvision.mlp(x, *first, *second, *(norm or (None, None, 0.0)), residual)
+    return torch.ops.linvision.mlp(x, *first, *second, *given_norm("mlp", norm), residual)
+
+
+def given_norm(op: str, norm: LayerNormParameters | None) -> tuple[Tensor | None, Tensor | None, float]:
+    """Hand a layer norm to an operator, for which one without a weight is none."""
+    if norm is None:
+        return None, None, 0.0
+    if norm.weight is None:
+        raise ValueError(f"{op}: a layer norm without a weight; give ones")
+    return norm
+
+
+def taken_norm(weight: Tensor | None, bias: Tensor | None, eps: float) -> LayerNormParameters | None:
+    """Return the layer norm that an operator is given, or none."""
+    return None if weight is bias is None else LayerNormParameters(weight, bias, eps)  # type: ignore[arg-type]
+
+
+def _check_linear(
+    x: Tensor,
+    layer: LinearParameters,
+    norm: LayerNormParameters | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    *,
+    alike: bool = True,
+) -> None:
+    rows = layer_rows("linear", x, ("layer", layer), norm=norm, alike=alike)
+    outputs = (*x.shape[:-1], len(layer.weight))
+    gate_row = ("gate", gate, "(..., inputs)", x.shape, _same(gate, alike) | OPTIONAL)
+    check(
+        "linear",
+        "x",
+        x,
+        *rows,
+        gate_row,
+        ("residual", residual, "(..., outputs)", outputs, _same(residual, alike) | OPTIONAL),
+    )
+
+
+def _check_mlp(
+    x: Tensor,
+    first: LinearParameters,
+    second: LinearParameters,
+    norm: LayerNormParameters | None,
+    residual: Tensor | None,
+    *,
+    alike: bool = True,
+) -> None:
+    rows = layer_rows("mlp", x, ("first", first), ("second", second), norm=norm, alike=alike)
+    outputs = (*x.shape[:-1], len(second.weight))
+    check("mlp", "x", x, *rows, ("residual", residual, "(..., outputs)", outputs, _same(residual, alike) | OPTIONAL))
 
 
 def layer_rows(
@@ -98,25 +137,33 @@ def layer_rows(
 ) -> list[Row]:
     """List the parameters of a norm and of layers that follow one another, with the shapes that tokens x ask for.
 
-    ``alike`` says whether weights must have the tokens' type.
+    ``alike`` says whether weights must have the tokens' type; where autocast works, only float64 must, which it leaves.
     """
+    check_tensor(op, "x", x)
     width, rows = x.shape[-1] if x.ndim else 0, []
     if norm is not None:
-        if norm.weight is None:
-            raise ValueError(f"{op}: a layer norm without a weight; give ones")
-        rows += [("norm.weight", norm.weight, "(C,)", (width,), ANY), ("norm.bias", norm.bias, "(C,)", (width,), ANY)]
+        given_norm(op, norm)
+        rows += [
+            ("norm.weight", norm.weight, "(C,)", (width,), ANY),
+            ("norm.bias", norm.bias, "(C,)", (width,), ANY | OPTIONAL),
+        ]
     for name, (weight, bias) in layers:
+        check_tensor(op, f"{name}.weight", weight)
         if weight.ndim != 2 or weight.shape[0] == 0 or width == 0:
             raise ValueError(
                 f"{op}: {name}.weight must be (outputs, {width}) for {width} channels but is {tuple(weight.shape)}"
             )
         outputs = weight.shape[0]
         rows += [
-            (f"{name}.weight", weight, "(outputs, inputs)", (outputs, width), alike),
-            (f"{name}.bias", bias, "(outputs,)", (outputs,), ANY),
+            (f"{name}.weight", weight, "(outputs, inputs)", (outputs, width), _same(weight, alike)),
+            (f"{name}.bias", bias, "(outputs,)", (outputs,), ANY | OPTIONAL),
         ]
         width = outputs
     return rows
+
+
+def _same(x: Tensor | None, alike: bool) -> int:
+    return SAME if alike or (x is not None and x.dtype == torch.float64) else ANY
 
 
 def normalise(x: Tensor, norm: LayerNormParameters | None) -> Tensor:
@@ -132,7 +179,7 @@ def project(x: Tensor, layer: LinearParameters) -> Tensor:
 
 
 def _typed(parameter: Tensor | None, x: Tensor) -> Tensor | None:
-    return parameter if parameter is None or autocasts(x) else parameter.to(x.dtype)
+    return parameter if parameter is None or (casts(x) and parameter.dtype == torch.float32) else parameter.to(x.dtype)
 
 
 def _linear_reference(
@@ -172,13 +219,14 @@ def _linear(
     gate: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
-    norm = None if norm_weight is None else LayerNormParameters(norm_weight, norm_bias, eps)
-    implementation = LINEAR.choose(x, weight)
-    return implementation.forward(x, LinearParameters(weight, bias), norm, gate, residual)
+    arguments = x, LinearParameters(weight, bias), taken_norm(norm_weight, norm_bias, eps), gate, residual
+    _check_linear(*arguments)
+    return LINEAR.choose(x, weight).forward(*arguments)
 
 
 @_linear.register_fake
 def _(x, weight, bias, norm_weight, norm_bias, eps, gate, residual):
+    _check_linear(x, LinearParameters(weight, bias), taken_norm(norm_weight, norm_bias, eps), gate, residual)
     return x.new_empty(*x.shape[:-1], len(weight))
 
 
@@ -194,13 +242,16 @@ def _mlp(
     eps: float,
     residual: Tensor | None,
 ) -> Tensor:
-    norm = None if norm_weight is None else LayerNormParameters(norm_weight, norm_bias, eps)
     first, second = LinearParameters(first_weight, first_bias), LinearParameters(second_weight, second_bias)
-    return MLP.choose(x, first_weight, second_weight).forward(x, first, second, norm, residual)
+    arguments = x, first, second, taken_norm(norm_weight, norm_bias, eps), residual
+    _check_mlp(*arguments)
+    return MLP.choose(x, first_weight, second_weight).forward(*arguments)
 
 
 @_mlp.register_fake
 def _(x, first_weight, first_bias, second_weight, second_bias, norm_weight, norm_bias, eps, residual):
+    first, second = LinearParameters(first_weight, first_bias), LinearParameters(second_weight, second_bias)
+    _check_mlp(x, first, second, taken_norm(norm_weight, norm_bias, eps), residual)
     return x.new_empty(*x.shape[:-1], len(second_weight))
 
 

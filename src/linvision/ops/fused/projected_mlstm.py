@@ -7,6 +7,7 @@ ViL layer would keep alive at once, are never written to memory.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,19 +45,24 @@ def projected_mlstm(
     Raises:
         ValueError: where shapes, types or devices disagree, or a sequence is empty.
     """
-    check_mlstm_inputs(c, x, q, k, v, i, f)
-    num_heads = i.bias.shape[0]
+    weights, biases = (q.weight, k.weight, v.weight), (q.bias, k.bias, v.bias)
+    form = IMPLEMENTATIONS.inlined(c, i.bias, inference_only=True)
+    if form is not None:
+        tensors = (c, x, weights, biases, (i.weight, f.weight), (i.bias, f.bias))
+        _check(*tensors)
+        return form(*tensors, reverse=reverse)
+    gates = (i.weight, f.weight, i.bias, f.bias)
+    return torch.ops.linvision.projected_mlstm(c, x, *weights, *biases, *gates, reverse)
+
+
+def _check(c: Tensor, *others: Any) -> None:
+    check_mlstm_inputs(c, *others)
+    num_heads = len(others[-1][0])
     if c.shape[1] == 0 or c.shape[2] % num_heads:
         raise ValueError(
             f"projected_mlstm: needs at least one token and {num_heads} heads of one width but c has shape "
             f"{tuple(c.shape)}"
         )
-    weights, biases = (q.weight, k.weight, v.weight), (q.bias, k.bias, v.bias)
-    form = IMPLEMENTATIONS.inlined(c, i.bias, inference_only=True)
-    if form is not None:
-        return form(c, x, weights, biases, (i.weight, f.weight), (i.bias, f.bias), reverse=reverse)
-    gates = (i.weight, f.weight, i.bias, f.bias)
-    return torch.ops.linvision.projected_mlstm(c, x, *weights, *biases, *gates, reverse)
 
 
 def _reference(
@@ -100,12 +106,15 @@ def _projected_mlstm(
     reverse: bool,
 ) -> Tensor:
     weights, biases = (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias)
-    gates = ((i_weight, f_weight), (i_bias, f_bias))
-    return IMPLEMENTATIONS.choose(c, i_bias).forward(c, x, weights, biases, *gates, reverse=reverse)
+    tensors = (c, x, weights, biases, (i_weight, f_weight), (i_bias, f_bias))
+    _check(*tensors)
+    return IMPLEMENTATIONS.choose(c, i_bias).forward(*tensors, reverse=reverse)
 
 
 @_projected_mlstm.register_fake
 def _(c, x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, i_weight, f_weight, i_bias, f_bias, reverse):
+    weights, biases = (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias)
+    _check(c, x, weights, biases, (i_weight, f_weight), (i_bias, f_bias))
     return c.new_empty(*c.shape[:2], len(i_bias), c.shape[2] // len(i_bias))
 
 

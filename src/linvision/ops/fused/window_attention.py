@@ -16,13 +16,15 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import register_flop_formula
 
-from linvision.ops.autocast import autocasts
+from linvision.ops.autocast import casts
 from linvision.ops.checks import check, check_axes
 from linvision.ops.dispatch import Dispatcher
 from linvision.ops.fused.linear import layer_rows, normalise, project
 from linvision.ops.parameters import LayerNormParameters, LinearParameters
 
 torch.fx.wrap("pad_to_multiple")  # torch.fx cannot look into it
+
+MAX_WINDOW = 1024  # tokens along a side
 
 
 def window_attention(
@@ -48,11 +50,28 @@ def window_attention(
         (B, H, W, C) in x's type; kernels sum in float32.
 
     Raises:
-        ValueError: where shapes, types or devices disagree, the heads do not divide C, or for a window below 1.
+        ValueError: where shapes, types or devices disagree, the heads do not divide C, or for a window below 1 or
+            above 1024.
     """
+    form = IMPLEMENTATIONS.inlined(x, qkv.weight, proj.weight, inference_only=True)
+    if form is not None:
+        _check(x, qkv, proj, norm, num_heads, window_size, alike=not casts(x))
+        return form(x, qkv, proj, norm, num_heads, window_size)
+    return torch.ops.linvision.window_attention(x, *qkv, *proj, *norm, num_heads, window_size)
+
+
+def _check(
+    x: Tensor,
+    qkv: LinearParameters,
+    proj: LinearParameters,
+    norm: LayerNormParameters,
+    num_heads: int,
+    window_size: int,
+    *,
+    alike: bool = True,
+) -> None:
     check_axes("window_attention", "x", x, "BHWC")
     width = x.shape[-1]
-    alike = not autocasts(x)
     rows = layer_rows("window_attention", x, ("qkv", qkv), norm=norm, alike=alike)
     check("window_attention", "x", x, *rows, *layer_rows("window_attention", x, ("proj", proj), alike=alike))
     if len(qkv.weight) != 3 * width or len(proj.weight) != width or num_heads < 1 or width % num_heads:
@@ -60,12 +79,11 @@ def window_attention(
             f"window_attention: for {width} channels qkv must have {3 * width} outputs, proj {width}, and the heads "
             f"must divide them, but these are {len(qkv.weight)}, {len(proj.weight)} and {num_heads}"
         )
-    if window_size < 1:
-        raise ValueError(f"window_attention: window_size={window_size}: a window has at least 1 token along a side")
-    form = IMPLEMENTATIONS.inlined(x, qkv.weight, proj.weight, inference_only=True)
-    if form is not None:
-        return form(x, qkv, proj, norm, num_heads, window_size)
-    return torch.ops.linvision.window_attention(x, *qkv, *proj, *norm, num_heads, window_size)
+    if not 1 <= window_size <= MAX_WINDOW:
+        raise ValueError(
+            f"window_attention: window_size={window_size}: a window has at least 1 token along a side and at most "
+            f"{MAX_WINDOW}"
+        )
 
 
 def pad_to_multiple(x: Tensor, divisor: int) -> Tensor:
@@ -135,11 +153,14 @@ def _window_attention(
 ) -> Tensor:
     qkv, proj = LinearParameters(qkv_weight, qkv_bias), LinearParameters(proj_weight, proj_bias)
     norm = LayerNormParameters(norm_weight, norm_bias, eps)
+    _check(x, qkv, proj, norm, num_heads, window_size)
     return IMPLEMENTATIONS.choose(x, qkv_weight, proj_weight).forward(x, qkv, proj, norm, num_heads, window_size)
 
 
 @_window_attention.register_fake
 def _(x, qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias, eps, num_heads, window_size):
+    qkv, proj = LinearParameters(qkv_weight, qkv_bias), LinearParameters(proj_weight, proj_bias)
+    _check(x, qkv, proj, LayerNormParameters(norm_weight, norm_bias, eps), num_heads, window_size)
     return x.new_empty(x.shape)
 
 

@@ -39,7 +39,7 @@ class _Backward(ctypes.Structure):
 def unsupported(x: Tensor, weight: Tensor) -> str | None:
     """Say why no kernel can compute this, or return None if one can."""
     reason = unreadable(x)
-    if reason is None and max(weight.shape[-2:]) > MAX_KERNEL:
+    if reason is None and max(weight.shape[-2:], default=0) > MAX_KERNEL:
         return f"a kernel of {tuple(weight.shape[-2:])}, above {MAX_KERNEL}"
     return reason
 
@@ -87,7 +87,8 @@ def backward(
 
 def _shape(x: Tensor, weight: Tensor, causal: bool) -> tuple[int, ...]:
     rows, columns = weight.shape[-2:]
-    return (*x.shape, rows, columns, rows // 2, columns - 1 if causal else columns // 2)
+    grid = x.shape if x.numel() else (0, 0, 0, x.shape[-1])  # an empty grid may have sides whose product overflows
+    return (*grid, rows, columns, rows // 2, columns - 1 if causal else columns // 2)
 
 
 def _as_float(bias: Tensor | None) -> Tensor | None:

@@ -34,7 +34,7 @@ class Strided(ctypes.Structure):
         if x is None:
             return cls(None, 0, 0, 0)
         strides = x.stride()
-        return cls(x.data_ptr(), strides[0], strides[1], strides[2])
+        return cls(pointer(x), strides[0], strides[1], strides[2])
 
 
 class Grid(ctypes.Structure):
@@ -50,7 +50,7 @@ class Grid(ctypes.Structure):
     @classmethod
     def of(cls, x: Tensor) -> "Grid":
         """Describe a tensor, which must outlive the call."""
-        return cls(x.data_ptr(), *x.stride()[:3])
+        return cls(pointer(x), *x.stride()[:3])
 
 
 @cache
@@ -106,8 +106,17 @@ def call(function: str, arguments: ctypes.Structure) -> None:
 
 
 def pointer(x: Tensor | None) -> int | None:
-    """Return the address of a tensor, which must outlive the call."""
-    return None if x is None else x.data_ptr()
+    """Return the address of a tensor, which must outlive the call.
+
+    Raises:
+        ValueError: it has elements, but no memory.
+    """
+    if x is None:
+        return None
+    address = x.data_ptr()
+    if not address and x.numel():
+        raise ValueError(f"a tensor of shape {tuple(x.shape)} has no memory (its storage was freed); give one that has")
+    return address
 
 
 def readable(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ class Rows(ctypes.Structure):
     @classmethod
     def of(cls, x: Tensor | None) -> "Rows":
         """Describe a matrix, which must outlive the call."""
-        return cls(None, 0) if x is None else cls(x.data_ptr(), x.stride(0))
+        return cls(None, 0) if x is None else cls(pointer(x), x.stride(0))
 
 
 class NormArguments(ctypes.Structure):
@@ -85,7 +85,7 @@ def unsupported(x: Tensor, *weights: Tensor) -> str | None:
         return f"types {[str(tensor.dtype) for tensor in (x, *weights)]}, not one of {list(DTYPES)}"
     if dtype == torch.bfloat16 and level() != "avx512_bf16":
         return "this CPU has no instructions for products of bfloat16"
-    if dtype == torch.bfloat16 and any(weight.shape[1] % 2 for weight in weights):
+    if dtype == torch.bfloat16 and any(weight.shape[-1:].numel() % 2 for weight in weights):
         return "products of bfloat16 take an even number of channels"
     return None
 

@@ -19,7 +19,7 @@ def unsupported(c: Tensor, gate_bias: Tensor) -> str | None:
     reason = mlstm_inputs.unsupported(c, gate_bias)
     if reason is not None:
         return reason
-    head_dim = c.shape[-1] // len(gate_bias)
+    head_dim = c.shape[-1:].numel() // max(1, gate_bias.numel())
     if head_dim % 4 or head_dim > mlstm.MAX_HEAD_DIM:
         return f"heads of {head_dim} channels, neither a multiple of 4 nor at most {mlstm.MAX_HEAD_DIM}"
     return None

@@ -21,8 +21,8 @@ FORWARD_TOKENS, BACKWARD_TOKENS = 32, 16  # of a tile; backward there is a sum t
 def unsupported(x: Tensor, weight: Tensor) -> str | None:
     """Say why no kernel can compute this, or return None if one can."""
     reason = unusable(x)
-    if reason is None and weight[0].numel() > MAX_TAPS:
-        return f"a kernel of {weight[0].numel()} taps, above {MAX_TAPS}"
+    if reason is None and weight.shape[1:].numel() > MAX_TAPS:
+        return f"a kernel of {weight.shape[1:].numel()} taps, above {MAX_TAPS}"
     return reason
 
 

@@ -15,7 +15,7 @@ FORWARD_SIZE, BACKWARD_SIZE = 2048, 1024  # numbers of a tile; backward there ar
 def unsupported(h: Tensor) -> str | None:
     """Say why no kernel can compute this, or return None if one can."""
     reason = unusable(h)
-    if reason is None and h.shape[-1] > MAX_HEAD_DIM:
+    if reason is None and max(h.shape[-1:], default=0) > MAX_HEAD_DIM:
         return f"heads of {h.shape[-1]} channels, above {MAX_HEAD_DIM}"
     return reason
 

@@ -30,8 +30,8 @@ Optionals = Sequence[Tensor | None]
 def unsupported(c: Tensor, gate_bias: Tensor) -> str | None:
     """Say why no kernel can compute this, or return None if one can."""
     reason = unusable(c)
-    if reason is None and len(gate_bias) > MAX_HEADS:
-        return f"{len(gate_bias)} heads, above {MAX_HEADS}"
+    if reason is None and gate_bias.numel() > MAX_HEADS:
+        return f"{gate_bias.numel()} heads, above {MAX_HEADS}"
     return reason
 
 
