@@ -121,9 +121,7 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(server, cache, damage):
 def test_without_a_network_a_damaged_file_is_named(server, cache):
     cache.mkdir()
     (cache / "w.pth").write_bytes(server.content[:500])
-    with pytest.raises(
-        DownloadError, match=rf"127.0.0.1:9/w.pth .*{cache}/w.pth, which is damaged"
-    ):
+    with pytest.raises(DownloadError, match=rf"127.0.0.1:9/w.pth .*{cache}/w.pth, which is damaged"):
         fetch("http://127.0.0.1:9/w.pth")
 
 
