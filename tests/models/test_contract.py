@@ -8,10 +8,14 @@ import timm
 import torch
 from timm.models import get_pretrained_cfg
 from torch import nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jvp, vmap
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import linvision
 from linvision.errors import UnknownOptionError
 from linvision.models import load_checkpoint
+from linvision.ops import use_backend
 from tests.models.sizes import LISTED, TEST_SIZES
 
 # The call that timm's, DeiT's and Vim's training scripts make for every model.
@@ -202,3 +206,105 @@ def test_other_channel_counts_and_unknown_options(name):
         assert model(images(name)[:, :1]).shape == (2, 2)
     with pytest.raises(UnknownOptionError, match="did you mean num_classes"):
         timm.create_model(name, num_clases=2)
+
+
+def test_first_convolutions_take_other_channel_counts_with_weights(name, tmp_path):
+    source = timm.create_model(name)
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    key = f"{source.pretrained_cfg['first_conv']}.weight"
+    weight = source.state_dict()[key]
+    for in_chans in (1, 2, 4, 8):
+        model = linvision.create_model(name, checkpoint_path=tmp_path / "weights.pth", in_chans=in_chans)
+        own = model.state_dict()[key]
+        expected = (
+            weight.sum(1, keepdim=True) if in_chans == 1 else weight.repeat(1, 3, 1, 1)[:, :in_chans] * 3 / in_chans
+        )
+        torch.testing.assert_close(own, expected)
+        assert model(torch.randn(1, in_chans, 32, 32)).shape == (1, model.num_classes)
+
+
+@pytest.mark.parametrize("backend", ["auto", "plain", "reference"])
+def test_batches_without_images(name, backend):
+    nothing = images(name, batch=0)
+    model = timm.create_model(name, num_classes=7)
+    with use_backend(backend):
+        for mode in (False, True):
+            logits = model.train(mode)(nothing)
+            assert logits.shape == (0, 7)
+            model.zero_grad()
+            logits.sum().backward()
+            assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
+        with torch.no_grad():
+            final, maps = model.eval().forward_intermediates(nothing)
+            _, full = model.forward_intermediates(images(name))
+        assert final.shape == model.forward_features(nothing).shape
+        assert [x.shape[1:] for x in maps] == [x.shape[1:] for x in full]
+        assert all(len(x) == 0 for x in maps)
+    model.set_grad_checkpointing(True)
+    assert model.train()(nothing).shape == (0, 7)
+
+
+def busy(name: str, **options) -> nn.Module:
+    """Make a model whose logits are not all but zero."""
+    model = timm.create_model(name, num_classes=3, **options).eval()
+    nn.init.normal_(model.get_classifier().weight)
+    return model
+
+
+def test_torch_fx_follows(name):
+    model, batch = busy(name), images(name)
+    _, nodes = get_graph_node_names(model)
+    inner = [node for node in nodes if node.startswith(infos(model)[-1]["module"])][-1]
+    extractor = create_feature_extractor(model, [inner, nodes[-1]])
+    with torch.no_grad():
+        torch.testing.assert_close(extractor(batch)[nodes[-1]], model(batch))
+        larger = torch.randn(1, 3, 64, 48)
+        torch.testing.assert_close(extractor(larger)[nodes[-1]], model(larger))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torch_jit_traces_what_needs_none_of_our_operators(name):
+    model, batch = busy(name), images(name)
+    traced = torch.jit.trace(model, batch)
+    assert "linvision::" not in str(traced.inlined_graph)
+    with torch.no_grad():
+        torch.testing.assert_close(traced(batch), model(batch), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torch_func_derives_as_backward_does(name):
+    model, batch = busy(name), images(name)
+    parameters = {key: p.detach() for key, p in trainable(model).items()}
+    per_image = vmap(grad(lambda p, x: functional_call(model, p, (x[None],)).sum()), in_dims=(None, 0))
+    gradients = per_image(parameters, batch)
+    model(batch).sum().backward()
+    scale = max(p.grad.norm() for p in trainable(model).values())
+    for key, p in trainable(model).items():
+        assert (gradients[key].sum(0) - p.grad).norm() <= 1e-4 * max(p.grad.norm(), 1e-2 * scale), key
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_forward_mode_is_right(name, gradients):
+    if name == "test_deit3":
+        pytest.skip("timm's attention is torch's kernel, which refuses forward-mode derivatives")
+    model, batch = busy(name).double(), images(name).double()
+    tangent = torch.randn_like(batch)
+    with torch.set_grad_enabled(gradients):
+        expected = (model(batch + 1e-5 * tangent) - model(batch - 1e-5 * tangent)) / 2e-5
+        torch.testing.assert_close(jvp(model, (batch,), (tangent,))[1], expected, rtol=1e-5, atol=1e-5)
+        with forward_ad.dual_level():
+            dual = forward_ad.unpack_dual(model(forward_ad.make_dual(batch, tangent)))
+        torch.testing.assert_close(dual.tangent, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("training", [False, True])
+def test_compiled_graphs_take_any_size(training):
+    model = busy("test_l2vit").train(training)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", dynamic=True, fullgraph=True)
+    with torch.set_grad_enabled(training), torch._dynamo.config.patch(error_on_recompile=True):
+        for size in ((64, 64), (96, 80)):
+            batch = torch.randn(2, 3, *size)
+            torch.testing.assert_close(compiled(batch), model(batch))

@@ -7,10 +7,11 @@ import torch
 
 import linvision
 from linvision.models import load_checkpoint
-from linvision.models.checkpoints import load_weights, unwrap
+from linvision.models.checkpoints import load_weights
 from linvision.models.deit3.layers import sine_cosine_table
 from linvision.models.deit3.model import DeiT3
 from linvision.models.deit3.release import RELEASE
+from linvision.models.weight_files import unwrap
 from tests import goldens
 
 NAME = "deit3_classifier"

@@ -41,6 +41,27 @@ def test_unknown_names_are_answered_with_the_nearest(name, near):
         linvision.create_model(name)
 
 
+@pytest.mark.parametrize(
+    ("spelled", "name"),
+    [
+        ("vil2_tiny", "vil2_tiny_patch16_224.e800_in1k"),
+        ("VIL2-Tiny", "vil2_tiny_patch16_224.e800_in1k"),
+        ("deit3_tiny_e400", "deit3_tiny_patch16_224.e400_in1k"),
+        ("vil2-mini-patch4-32", "vil2_mini_patch4_32"),
+        ("l2vit-tiny", "l2vit_tiny"),
+    ],
+)
+def test_names_may_be_spelled_otherwise(spelled, name):
+    assert resolve_name(spelled) == name
+
+
+def test_guesses_are_near():
+    with pytest.raises(UnknownNameError, match=r"^unknown model 'banana'$"):
+        resolve_name("banana")
+    with pytest.raises(UnknownNameError, match=r"did you mean vim_tiny_patch16_224, "):
+        resolve_name("vim-tiny")
+
+
 def test_unknown_tags_and_options():
     with pytest.raises(UnknownNameError, match=r"has no checkpoint 'e300_in1k'; it has .*e800_in1k"):
         linvision.create_model("vil2_tiny_patch16_224.e300_in1k")

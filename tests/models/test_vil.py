@@ -9,9 +9,10 @@ import torch
 import linvision
 from linvision.errors import CheckpointError
 from linvision.models import VisionLSTM, VisionLSTM2, load_checkpoint
-from linvision.models.checkpoints import load_weights, unwrap
+from linvision.models.checkpoints import load_weights
 from linvision.models.vil.release import RELEASE
 from linvision.models.vil.variants import vision_lstm, vision_lstm2
+from linvision.models.weight_files import unwrap
 from tests import goldens
 
 # The mLSTM holds its stabiliser constant in the backward pass; the goldens' README allows 1e-4 for that.

@@ -27,7 +27,13 @@ StateDict = dict[str, Tensor]
 WEIGHT_KEYS = ("state_dict", "model", "model_state_dict", "weights", "params", "net")
 EMA_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "params_ema", "ema")
 ALWAYS_WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and AveragedModel, and of torch.compile
-WRAPPERS = ("model.", "net.", "network.", "backbone.")  # of Lightning's modules and others'; on every key or on none
+WRAPPERS = (
+    "model.",
+    "net.",
+    "network.",
+    "backbone.",
+    "timm_model.",
+)  # of Lightning, transformers; on every key or on none
 COUNTERS = ("n_averaged",)  # what AveragedModel counts beside the weights
 
 PLAIN_TYPES = (

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from linvision.errors import BackendError
 from linvision.ops import backends
@@ -159,8 +160,16 @@ class Dispatcher:
 
 
 def _infers(x: Tensor) -> bool:
-    """Say whether nobody follows what is computed: no gradient, no compiler, no autocast."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or autocasts(x))
+    """Say whether nobody follows what is computed: no gradient, no autocast, no compiler that may know it better."""
+    return not (torch.is_grad_enabled() or autocasts(x) or (torch.compiler.is_compiling() and not has_unknown_sides(x)))
+
+
+def has_unknown_sides(x: Tensor) -> bool:
+    """Say whether a compiler computes with symbols for the sizes between batch and channels.
+
+    Symbolic views of many axes take it minutes, where an operator is one step.
+    """
+    return torch.compiler.is_compiling() and not all(map(has_static_value, x.shape[1:-1]))
 
 
 @torch.compiler.assume_constant_result  # compiled graphs are guarded by what they are derived and traced by

@@ -5,6 +5,7 @@ Sums are written into what this module has computed itself, never into what came
 
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from linvision.models.forms import layer_norm_parameters, linear_parameters, stands_for
@@ -47,5 +48,5 @@ def _add_mlp(self: LocalBlock | GlobalBlock, x: Tensor) -> Tensor:
 
 
 def _add(update: Tensor, x: Tensor) -> Tensor:
-    """Return x + update, written into update, which is nobody else's."""
-    return update.add_(x) if update.dtype == x.dtype else x + update
+    """Return x + update, written into update, which is nobody else's; compilers save that memory by themselves."""
+    return x + update if torch.compiler.is_compiling() or update.dtype != x.dtype else update.add_(x)

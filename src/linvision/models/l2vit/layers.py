@@ -27,6 +27,12 @@ def as_map(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous()
 
 
+def cut_to_parts(x: Tensor, sides: tuple[int, int], divisor: int) -> Tensor:
+    """Cut a map to the sizes that it has, ceil(side / divisor): as symbols these are simpler than a convolution's."""
+    rows, columns = ((side + divisor - 1) // divisor for side in sides)
+    return x.narrow(1, 0, rows).narrow(2, 0, columns).contiguous()
+
+
 class Depthwise(nn.Conv2d):
     """Depthwise convolution with bias over (B, H, W, C); keeps the size."""
 
@@ -207,7 +213,8 @@ class Stem(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Embed images; sides that 4 does not divide are zero-padded right and bottom."""
-        return self.norm(as_map(self.proj(as_image(pad_to_multiple(as_map(image), 4)))))
+        x = as_map(self.proj(as_image(pad_to_multiple(as_map(image), 4))))
+        return self.norm(cut_to_parts(x, (image.shape[2], image.shape[3]), 4))
 
 
 class Downsample(nn.Module):
@@ -220,4 +227,5 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Halve the sides; odd ones are zero-padded right and bottom."""
-        return as_map(self.proj(as_image(pad_to_multiple(self.norm(x), 2))))
+        y = as_map(self.proj(as_image(pad_to_multiple(self.norm(x), 2))))
+        return cut_to_parts(y, (x.shape[1], x.shape[2]), 2)

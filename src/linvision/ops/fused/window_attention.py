@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from linvision.ops.autocast import casts
 from linvision.ops.checks import check, check_axes
-from linvision.ops.dispatch import Dispatcher
+from linvision.ops.dispatch import Dispatcher, has_unknown_sides, is_traceable
 from linvision.ops.fused.linear import layer_rows, normalise, project
 from linvision.ops.parameters import LayerNormParameters, LinearParameters
 
@@ -88,8 +88,7 @@ def _check(
 
 def pad_to_multiple(x: Tensor, divisor: int) -> Tensor:
     """Pad (B, H, W, C) with zeros at the right and the bottom until ``divisor`` divides H and W."""
-    # Written as counts, which symbolic sizes keep simple: they know that (n * w) // w is n.
-    below, right = ((side + divisor - 1) // divisor * divisor - side for side in x.shape[1:3])
+    below, right = (-side % divisor for side in x.shape[1:3])
     return F.pad(x, (0, 0, 0, right, 0, below)) if right or below else x
 
 
@@ -103,13 +102,30 @@ def attend_in_windows(
 ) -> Tensor:
     """Attend within the windows of tokens (B, H, W, C), without norm and residual sum, in plain PyTorch."""
     (B, H, W, C), w = x.shape, window_size
-    x = pad_to_multiple(x, w)
-    tiles = (B, (H + w - 1) // w, w, (W + w - 1) // w, w, C)
-    windows = x.view(tiles).transpose(2, 3).reshape(tiles[0] * tiles[1] * tiles[3], w * w, C)
+    hidden = has_unknown_sides(x) and not is_traceable()
+    windows = torch.ops.linvision.to_windows(x, w) if hidden else _to_windows(x, w)
     q, k, v = qkv(windows).unflatten(-1, (3, num_heads, C // num_heads)).permute(2, 0, 3, 1, 4)
     windows = proj(_attend(q, k, v).transpose(1, 2).flatten(2))
-    x = windows.view(*tiles[:2], tiles[3], w, w, C).transpose(2, 3).reshape(x.shape)
-    return x.narrow(1, 0, H).narrow(2, 0, W)
+    return torch.ops.linvision.from_windows(windows, w, B, H, W) if hidden else _from_windows(windows, w, B, H, W)
+
+
+def _counts(H: int, W: int, w: int) -> tuple[int, int]:
+    return (H + w - 1) // w, (W + w - 1) // w
+
+
+def _to_windows(x: Tensor, w: int) -> Tensor:
+    """Cut tokens (B, H, W, C) into windows (B * windows, w * w, C)."""
+    B, H, W, C = x.shape
+    rows, columns = _counts(H, W, w)
+    tiles = pad_to_multiple(x, w).view(B, rows, w, columns, w, C)
+    return tiles.transpose(2, 3).reshape(B * rows * columns, w * w, C)
+
+
+def _from_windows(windows: Tensor, w: int, B: int, H: int, W: int) -> Tensor:
+    """Lay windows out as the tokens (B, H, W, C) that they were cut from."""
+    rows, columns = _counts(H, W, w)
+    tiles = windows.view(B, rows, columns, w, w, windows.shape[2]).transpose(2, 3)
+    return tiles.reshape(B, rows * w, columns * w, windows.shape[2])[:, :H, :W]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -133,6 +149,50 @@ def _reference(
 
 
 IMPLEMENTATIONS = Dispatcher("window_attention", reference=_reference)
+
+
+# Windows as ops, for compilers alone: two permutations, each the gradient of the other.
+
+
+@torch.library.custom_op("linvision::to_windows", mutates_args=())
+def _to_windows_op(x: Tensor, window_size: int) -> Tensor:
+    return _to_windows(x, window_size).clone()
+
+
+@_to_windows_op.register_fake
+def _(x, window_size):
+    B, H, W, C = x.shape
+    rows, columns = _counts(H, W, window_size)
+    return x.new_empty(B * rows * columns, window_size**2, C)
+
+
+@torch.library.custom_op("linvision::from_windows", mutates_args=())
+def _from_windows_op(windows: Tensor, window_size: int, batch: int, rows: int, columns: int) -> Tensor:
+    return _from_windows(windows, window_size, batch, rows, columns).clone(memory_format=torch.contiguous_format)
+
+
+@_from_windows_op.register_fake
+def _(windows, window_size, batch, rows, columns):
+    return windows.new_empty(batch, rows, columns, windows.shape[2])
+
+
+def _note_windows(ctx, inputs, output):
+    x, ctx.window_size = inputs
+    ctx.sizes = x.shape[:3]
+
+
+def _note_tokens(ctx, inputs, output):
+    ctx.window_size = inputs[1]
+
+
+_to_windows_op.register_autograd(
+    lambda ctx, dy: (torch.ops.linvision.from_windows(dy.contiguous(), ctx.window_size, *ctx.sizes), None),
+    setup_context=_note_windows,
+)
+_from_windows_op.register_autograd(
+    lambda ctx, dy: (torch.ops.linvision.to_windows(dy, ctx.window_size), None, None, None, None),
+    setup_context=_note_tokens,
+)
 
 
 # The op as torch sees it: opaque, with a meta kernel and counted operations.
