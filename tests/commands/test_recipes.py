@@ -105,6 +105,11 @@ def test_a_folder_is_fine_tuned_on_where_there_are_weights(given, recipe, pretra
     assert (options.recipe, options.pretrained) == (recipe, pretrained)
 
 
+def test_a_data_set_has_one_default_recipe():
+    data = [load_recipe(name).data for name in recipe_names()]
+    assert len(set(filter(None, data))) == len(list(filter(None, data)))
+
+
 def test_a_recipe_without_data_asks_for_some(capfd):
     assert main(["train", "--recipe", "finetune"]) == 2
     assert "add --data FOLDER" in capfd.readouterr().err

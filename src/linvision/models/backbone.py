@@ -67,6 +67,14 @@ class Backbone(nn.Module, ABC):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a fresh one; 0 classes removes it. ``global_pool`` changes the pooling."""
 
+    @abstractmethod
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Group parameters for layer-wise learning rates, by timm's rules: expressions for "stem" and "blocks"."""
+
+    def no_weight_decay(self) -> set[str]:
+        """Name the parameters without weight decay (beside the one-dimensional ones)."""
+        return set()
+
     def forward(self, x: Tensor) -> Tensor:
         """Classify images (B, in_chans, H, W)."""
         return self.forward_head(self.forward_features(x))

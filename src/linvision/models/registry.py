@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,15 @@ from linvision.errors import CheckpointError, UnknownNameError, nearest, suggest
 from linvision.models.builder import Family, Weights
 from linvision.models.checkpoints import load_weights
 from linvision.models.counts import counts
-from linvision.models.deit3 import variants as deit3
 from linvision.models.hub import shared_description
-from linvision.models.l2vit import variants as l2vit
 from linvision.models.runs import is_run, read_run
 from linvision.models.timm_models import create_timm_model, read_checkpoints_of
-from linvision.models.vil import variants as vil
-from linvision.models.vim import variants as vim
 from linvision.models.weight_files import StateDict, load_state_dict
 
 SOURCES = ("hf-hub:", "local-dir:")  # of models that carry their own weights and description
 NEAR = 0.7  # how similar a name has to be to be guessed at
-FAMILIES: tuple[Family, ...] = (vil.FAMILY, vim.FAMILY, l2vit.FAMILY, deit3.FAMILY)
+NAMES = ("vil", "vim", "l2vit", "deit3")  # the folders of the families, in the order of lists
+FAMILIES: tuple[Family, ...] = tuple(import_module(f"linvision.models.{name}.variants").FAMILY for name in NAMES)
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -107,6 +107,11 @@ class Recorder(Callback):
             RunError: the loss is no number any more.
         """
         measured = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        silent = [name for name in self.task.columns if name not in measured and f"{name}_epoch" not in measured]
+        if silent:
+            raise RunError(
+                f"the task {self.task.name} has not logged {', '.join(silent)}; it logged {', '.join(measured)}"
+            )
         row = {
             "epoch": trainer.current_epoch + 1,
             "lr": max(group["lr"] for group in trainer.optimizers[0].param_groups),

@@ -5,7 +5,7 @@ has no position. The release fixes the position table to sines and cosines of th
 parameter that takes no gradient, so that timm's resizing to other image sizes finds it.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -89,13 +89,13 @@ class DeiT3(VisionTransformer):
             arguments |= {"return_prefix_tokens": return_prefix_tokens, "output_fmt": output_fmt}
             return super().forward_intermediates(x, intermediates_only=intermediates_only, **arguments)
         rows, columns = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
-        final, tokens = super().forward_intermediates(x, output_fmt="NLC", **arguments)
+        final, tokens = cast(Any, super().forward_intermediates(x, output_fmt="NLC", **arguments))
         maps = [each.unflatten(1, (rows, columns)).permute(0, 3, 1, 2).contiguous() for each in tokens]
         return maps if intermediates_only else (final, maps)
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         """Add positions to patches (B, rows, columns, D), and the class token before them: what timm asks for here."""
-        grid = (x.shape[1], x.shape[2])
+        grid = [x.shape[1], x.shape[2]]
         positions = resample_abs_pos_embed(
             self.pos_embed, new_size=grid, old_size=self.patch_embed.grid_size, num_prefix_tokens=0
         )
