@@ -122,6 +122,19 @@ def test_feature_maps(name):
     assert getter.feature_info.channels() == [maps[0].shape[1], maps[-1].shape[1]]
 
 
+def test_feature_maps_with_channels_last(name):
+    if name == "test_deit3":
+        pytest.skip("timm's ViT has maps (B, C, H, W) alone")
+    model, batch = timm.create_model(name).eval(), images(name)
+    with torch.no_grad():
+        maps, last = (
+            model.forward_intermediates(batch, output_fmt=x, intermediates_only=True) for x in ("NCHW", "NHWC")
+        )
+    torch.testing.assert_close([x.permute(0, 3, 1, 2) for x in last], maps)
+    with pytest.raises(ValueError, match="'NCHW' or 'NHWC'"):
+        model.forward_intermediates(batch, output_fmt="NLC")
+
+
 def test_feature_maps_by_hooks(name):
     model = timm.create_model(name, features_only=True, feature_cls="hook", out_indices=(0, -1)).eval()
     with torch.no_grad():

@@ -112,11 +112,11 @@ class Backbone(nn.Module, ABC):
             indices: block numbers (negative ones count from the end), the last n for an int, all for None.
             norm: apply the norm meant for each map.
             stop_early: skip the blocks after the last chosen one.
-            output_fmt: only "NCHW".
+            output_fmt: "NCHW", or "NHWC" for maps (B, H', W', C).
             intermediates_only: return the list of maps alone, without the final features.
         """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt={output_fmt!r}: feature maps are given as 'NCHW' only")
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt={output_fmt!r}: feature maps are given as 'NCHW' or 'NHWC'")
         take = self._block_numbers(indices)
         num_blocks = max(take) + 1 if stop_early else len(self.feature_info)
         carry = self.embed(check_image(x, self.in_chans, type(self).__name__))
@@ -125,7 +125,7 @@ class Backbone(nn.Module, ABC):
             carry = self.advance(carry, index)
             if index in take:
                 taken[index] = self.feature_map(carry, index, norm)
-        maps = [taken[index] for index in take]
+        maps = [taken[index] if output_fmt == "NCHW" else taken[index].permute(0, 2, 3, 1) for index in take]
         return maps if intermediates_only else (self.finish(carry), maps)
 
     def prune_intermediate_layers(

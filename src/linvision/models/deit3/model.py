@@ -76,7 +76,12 @@ class DeiT3(VisionTransformer):
         patch = pair(patch_size or self.patch_embed.proj.kernel_size)
         size = pair(img_size or self.patch_embed.img_size)
         patch_grid(size, patch, patch)
+        table, grid = self.pos_embed, self.patch_embed.grid_size
         super().set_input_size(img_size=size, patch_size=patch)
+        new_grid = self.patch_embed.grid_size
+        if self.pos_embed is table and new_grid != grid:  # older versions of timm compare numbers of tokens alone
+            resized = resample_abs_pos_embed(table, new_size=new_grid, old_size=grid, num_prefix_tokens=0)
+            self.pos_embed = nn.Parameter(resized)
         self.pos_embed.requires_grad_(False)
 
     def forward_intermediates(

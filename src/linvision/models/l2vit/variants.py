@@ -56,8 +56,8 @@ FAMILY = Family("L2ViT", RELEASE, default_cfgs, PUBLISHED, ALIASES, UNPUBLISHED)
 class NormedFeatures(FeatureGetterNet):
     """timm's feature extractor with each map through its own norm, as dense tasks use L2ViT."""
 
-    def __init__(self, model: L2ViT, out_indices: tuple[int, ...]) -> None:
-        super().__init__(model, out_indices, norm=model.feature_norms)
+    def __init__(self, model: L2ViT, out_indices: tuple[int, ...], **options: Any) -> None:
+        super().__init__(model, out_indices, **{**options, "norm": model.feature_norms, "output_fmt": "NCHW"})
 
 
 def _build(variant: str, pretrained: bool, overrides: dict[str, Any], **defaults: Any) -> nn.Module:
