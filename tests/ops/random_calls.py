@@ -219,6 +219,31 @@ def window_attention(draw: Draw, dtype: torch.dtype) -> tuple[Arguments, Public]
     return [x, qkv, biases[0], proj, biases[1], scale, shift, 1e-5, heads, window], public
 
 
+def to_windows(draw: Draw, dtype: torch.dtype) -> tuple[Arguments, Public]:
+    """Draw a call of to_windows."""
+    batch, rows = draw.tokens()
+    x = draw.tensor(batch, min(rows, 16) if batch else rows, draw.choice([1, 5, 7]), draw.choice(SIZES), dtype=dtype)
+    return [x, draw.choice([1, 2, 3, 7, 20])], None
+
+
+def from_windows(draw: Draw, dtype: torch.dtype) -> tuple[Arguments, Public]:
+    """Draw a call of from_windows."""
+    w, batch, rows, columns = (
+        draw.choice([1, 2, 3, 7]),
+        draw.choice([1, 2]),
+        draw.choice([1, 5, 8]),
+        draw.choice([1, 6]),
+    )
+    windows = batch * -(-rows // w) * -(-columns // w)
+    return [draw.tensor(windows, w * w, draw.choice(SIZES), dtype=dtype), w, batch, rows, columns], None
+
+
+def linear_attention(draw: Draw, dtype: torch.dtype) -> tuple[Arguments, Public]:
+    """Draw a call of linear_attention."""
+    shape = *draw.tokens(), draw.choice([1, 2, 3, 4]), draw.choice(SIZES)
+    return [*(draw.tensor(*shape, dtype=dtype) for _ in "qkv"), draw.tensor(shape[2], 1, 1)], ops.linear_attention
+
+
 def _layers(*given: Any) -> dict[str, Any]:
     projections = zip("qkv", given[:3], given[3:6], strict=True)
     gates = zip("if", given[6:8], given[8:], strict=True)
@@ -236,7 +261,8 @@ def _drawn_norm(draw: Draw, width: int) -> list[Any]:
 
 
 FORWARD = (
-    mlstm, selective_scan, depthwise_conv, gated_head_norm, mlstm_inputs, projected_mlstm, linear, mlp, window_attention
+    mlstm, selective_scan, depthwise_conv, gated_head_norm, mlstm_inputs, projected_mlstm, linear, mlp,
+    window_attention, to_windows, from_windows, linear_attention,
 )  # fmt: skip
 BACKWARD = (
     mlstm_backward, selective_scan_backward, depthwise_conv_backward, gated_head_norm_backward, mlstm_inputs_backward

@@ -38,6 +38,14 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Te
     Raises:
         ValueError: where shapes, types or devices disagree, or a sequence is empty.
     """
+    _check(q, k, v, temperature)
+    if has_unknown_sides(q) and not torch.is_grad_enabled() and not is_traceable():
+        return torch.ops.linvision.linear_attention(q, k, v, temperature)
+    # The copies of q and k are rectified where they are, a twentieth of the time, but in the reference form.
+    return _linear_attention(q, k, v, temperature, F.relu if is_traceable() else torch.relu_)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> None:
     check_axes("linear_attention", "q", q, "BSHD", needed="SHD")
     check(
         "linear_attention",
@@ -47,10 +55,6 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Te
         ("v", v, "(B, S, H, D)", q.shape, SAME),
         ("temperature", temperature, "(H, 1, 1)", (q.shape[2], 1, 1), ANY),
     )
-    if has_unknown_sides(q) and not torch.is_grad_enabled() and not is_traceable():
-        return torch.ops.linvision.linear_attention(q, k, v, temperature)
-    # The copies of q and k are rectified where they are, a twentieth of the time, but in the reference form.
-    return _linear_attention(q, k, v, temperature, F.relu if is_traceable() else torch.relu_)
 
 
 @without_autocast
@@ -76,9 +80,11 @@ def _heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.library.custom_op("linvision::linear_attention", mutates_args=())
 def _linear_attention_op(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
+    _check(q, k, v, temperature)
     return _linear_attention(q, k, v, temperature, torch.relu_).contiguous()
 
 
 @_linear_attention_op.register_fake
 def _(q, k, v, temperature):
+    _check(q, k, v, temperature)
     return q.new_empty(q.shape)

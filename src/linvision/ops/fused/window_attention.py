@@ -79,10 +79,14 @@ def _check(
             f"window_attention: for {width} channels qkv must have {3 * width} outputs, proj {width}, and the heads "
             f"must divide them, but these are {len(qkv.weight)}, {len(proj.weight)} and {num_heads}"
         )
+    _check_windows("window_attention", "x", x, "BHWC", window_size)
+
+
+def _check_windows(op: str, name: str, x: Tensor, letters: str, window_size: int) -> None:
+    check_axes(op, name, x, letters)
     if not 1 <= window_size <= MAX_WINDOW:
         raise ValueError(
-            f"window_attention: window_size={window_size}: a window has at least 1 token along a side and at most "
-            f"{MAX_WINDOW}"
+            f"{op}: window_size={window_size}: a window has at least 1 token along a side and at most {MAX_WINDOW}"
         )
 
 
@@ -156,11 +160,13 @@ IMPLEMENTATIONS = Dispatcher("window_attention", reference=_reference)
 
 @torch.library.custom_op("linvision::to_windows", mutates_args=())
 def _to_windows_op(x: Tensor, window_size: int) -> Tensor:
+    _check_windows("to_windows", "x", x, "BHWC", window_size)
     return _to_windows(x, window_size).clone()
 
 
 @_to_windows_op.register_fake
 def _(x, window_size):
+    _check_windows("to_windows", "x", x, "BHWC", window_size)
     B, H, W, C = x.shape
     rows, columns = _counts(H, W, window_size)
     return x.new_empty(B * rows * columns, window_size**2, C)
@@ -168,11 +174,13 @@ def _(x, window_size):
 
 @torch.library.custom_op("linvision::from_windows", mutates_args=())
 def _from_windows_op(windows: Tensor, window_size: int, batch: int, rows: int, columns: int) -> Tensor:
+    _check_windows("from_windows", "windows", windows, "BSC", window_size)
     return _from_windows(windows, window_size, batch, rows, columns).clone(memory_format=torch.contiguous_format)
 
 
 @_from_windows_op.register_fake
 def _(windows, window_size, batch, rows, columns):
+    _check_windows("from_windows", "windows", windows, "BSC", window_size)
     return windows.new_empty(batch, rows, columns, windows.shape[2])
 
 
