@@ -84,6 +84,7 @@ def _check(
 
 def _check_windows(op: str, name: str, x: Tensor, letters: str, window_size: int) -> None:
     check_axes(op, name, x, letters)
+    check(op, name, x)
     if not 1 <= window_size <= MAX_WINDOW:
         raise ValueError(
             f"{op}: window_size={window_size}: a window has at least 1 token along a side and at most {MAX_WINDOW}"
@@ -174,14 +175,26 @@ def _(x, window_size):
 
 @torch.library.custom_op("linvision::from_windows", mutates_args=())
 def _from_windows_op(windows: Tensor, window_size: int, batch: int, rows: int, columns: int) -> Tensor:
-    _check_windows("from_windows", "windows", windows, "BSC", window_size)
+    _check_counts(windows, window_size, batch, rows, columns)
     return _from_windows(windows, window_size, batch, rows, columns).clone(memory_format=torch.contiguous_format)
 
 
 @_from_windows_op.register_fake
 def _(windows, window_size, batch, rows, columns):
-    _check_windows("from_windows", "windows", windows, "BSC", window_size)
+    _check_counts(windows, window_size, batch, rows, columns)
     return windows.new_empty(batch, rows, columns, windows.shape[2])
+
+
+def _check_counts(windows: Tensor, window_size: int, batch: int, rows: int, columns: int) -> None:
+    _check_windows("from_windows", "windows", windows, "BSC", window_size)
+    if not all(isinstance(size, int) for size in (*windows.shape, batch, rows, columns)):
+        return  # a compiler's symbols, whose comparison would bind them
+    down, across = _counts(rows, columns, window_size)
+    if min(batch, rows, columns) < 0 or windows.shape[:2] != (batch * down * across, window_size**2):
+        raise ValueError(
+            f"from_windows: {batch} images of {rows} x {columns} tokens have {batch * down * across} windows of "
+            f"{window_size**2} tokens, but windows has shape {tuple(windows.shape)}"
+        )
 
 
 def _note_windows(ctx, inputs, output):
