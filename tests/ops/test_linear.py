@@ -248,3 +248,15 @@ def test_wrong_inputs(change, message):
     arguments = {"x": torch.zeros(3, 4), "layer": LinearParameters(torch.zeros(6, 4)), **change}
     with pytest.raises(ValueError, match=message):
         linear(**arguments)
+
+
+@pytest.mark.parametrize(
+    "types", itertools.product((torch.float32, torch.float16, torch.bfloat16, torch.float64), repeat=2)
+)
+def test_parameters_of_a_norm_may_have_any_types_under_autocast(types):
+    x, weight = torch.randn(2, 3, 4), torch.randn(4, 4)
+    norm = LayerNormParameters(*(torch.randn(4).to(dtype) for dtype in types))
+    expected = linear(x, LinearParameters(weight), norm=LayerNormParameters(norm.weight.float(), norm.bias.float()))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = linear(x.bfloat16(), LinearParameters(weight, torch.zeros(4, dtype=types[0])), norm=norm)
+    assert relative_error(y, expected) < 4e-2

@@ -170,16 +170,17 @@ def normalise(x: Tensor, norm: LayerNormParameters | None) -> Tensor:
     """Apply a layer norm, or none, to the last axis of x in plain PyTorch."""
     if norm is None:
         return x
-    return F.layer_norm(x, x.shape[-1:], _typed(norm.weight, x), _typed(norm.bias, x), norm.eps)
+    weight, bias = (None if each is None else each.to(_parameter_type(x)) for each in norm[:2])
+    return F.layer_norm(x, x.shape[-1:], weight, bias, norm.eps)
 
 
 def project(x: Tensor, layer: LinearParameters) -> Tensor:
     """Apply a linear layer to the last axis of x in plain PyTorch."""
-    return F.linear(x, layer.weight, _typed(layer.bias, x))
+    return F.linear(x, layer.weight, None if layer.bias is None else layer.bias.to(_parameter_type(x)))
 
 
-def _typed(parameter: Tensor | None, x: Tensor) -> Tensor | None:
-    return parameter if parameter is None or (casts(x) and parameter.dtype == torch.float32) else parameter.to(x.dtype)
+def _parameter_type(x: Tensor) -> torch.dtype:
+    return torch.float32 if casts(x) else x.dtype
 
 
 def _linear_reference(
