@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 CASES = [
     (name, mode, batch_size, size)
@@ -18,6 +19,8 @@ CASES = [
     for mode, batch_size, size in (
         ("inference", 1, 224),
         ("inference", 8, 224),
+        ("bfloat16", 8, 224),
+        ("inference", 1, 512),
         ("inference", 1, 1248),
         ("training", 8, 224),
     )
@@ -38,6 +41,8 @@ for name, mode, batch_size, size in json.loads(sys.argv[1]):
     model = linvision.create_model(name, **({} if name.startswith("l2vit") else {"img_size": size}))
     images, labels = torch.randn(batch_size, 3, size, size), torch.zeros(batch_size, dtype=torch.long)
     model.train(mode == "training")
+    if mode == "bfloat16":
+        model, images = model.bfloat16(), images.bfloat16()
     def step():
         if mode == "training":
             model.zero_grad()
@@ -59,7 +64,8 @@ print(json.dumps(times))
 
 def measure(python: str) -> dict[str, float]:
     """Return the fastest time of each case in a process of a checkout's Python."""
-    command = [python, "-c", MEASURE, json.dumps(CASES)]
+    # Not resolved, which would leave its environment.
+    command = [str(Path(python).absolute()), "-c", MEASURE, json.dumps(CASES)]
     # Elsewhere than in a checkout, whose source would be imported in place of the installed one.
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)

@@ -16,7 +16,6 @@ from linvision.errors import BackendError, RunError, UsageError, exit_code, prin
 # What the extra "train" brings.
 EXTRA = {
     "docstring_parser",
-    "filelock",
     "jsonargparse",
     "matplotlib",
     "pytorch_lightning",

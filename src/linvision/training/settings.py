@@ -25,7 +25,7 @@ class Settings:
         batch_size: images in a step
         opt: optimiser, one of timm's
         lr: peak learning rate, reached after the warm-up
-        weight_decay: not applied to biases, norms and what the model exempts
+        weight_decay: not applied to biases, norms or parameters that the model exempts
         warmup_epochs: epochs in which the learning rate rises to its peak; it then follows a cosine
         layer_decay: factor on the learning rate from each layer to the one below; 1 for none
         clip_grad: largest norm of the gradient; 0 for no limit

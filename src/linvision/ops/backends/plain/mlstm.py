@@ -64,6 +64,9 @@ def forward(
 
     Without ``return_state`` the final state is left out: three empty tensors.
     """
+    if not len(q) and q.shape[1] > 1:  # no sequence, however long
+        one_token = (x[:, :1] for x in (q, k, v, i, f))
+        return q.new_empty(q.shape), forward(*one_token, state, return_state=return_state, reverse=reverse)[1]
     walk = _Walk.plan(q, initial=state is not None, final=return_state, reverse=reverse)
     q, k, v, out = *(walk.split(x) for x in (q, k, v)), torch.empty(q.shape, dtype=q.dtype, device=q.device)
     gates = _Gates.prepare(i, f, state, walk)
@@ -88,6 +91,11 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of (q, k, v, i, f) and of the initial (C^T, n) from those of h and of the final (C^T, n)."""
     i, f = inputs[3:]
+    if not len(dh) and dh.shape[1] > 1:
+        q, k, v, i, f = (x[:, :1] for x in inputs)
+        d_initial = backward(dh[:, :1], d_final, h[:, :1], (q, k, v, i, f), state, reverse=reverse)[5:]
+        dq, dk, dv, di, df = (x.new_empty(x.shape) for x in inputs)
+        return dq, dk, dv, di, df, *d_initial
     walk = _Walk.plan(inputs[0], initial=state is not None, final=d_final is not None, reverse=reverse)
     q, k, v, dh, h = (walk.split(x) for x in (*inputs[:3], dh, h))
     gates = _Gates.prepare(i, f, state, walk)
