@@ -62,10 +62,10 @@ print(json.dumps(times))
 """
 
 
-def measure(python: str) -> dict[str, float]:
+def measure(python: str, cases: list) -> dict[str, float]:
     """Return the fastest time of each case in a process of a checkout's Python."""
     # Not resolved, which would leave its environment.
-    command = [str(Path(python).absolute()), "-c", MEASURE, json.dumps(CASES)]
+    command = [str(Path(python).absolute()), "-c", MEASURE, json.dumps(cases)]
     # Elsewhere than in a checkout, whose source would be imported in place of the installed one.
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
@@ -78,10 +78,14 @@ def main() -> None:
     parser.add_argument("first")
     parser.add_argument("second")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="", help='words that a case must have all of, such as "vim 512"')
     options = parser.parse_args()
+    cases = [case for case in CASES if all(word in " ".join(map(str, case)) for word in options.only.split())]
     rounds = []
     for index in range(options.rounds):
-        rounds.append((measure(options.first), measure(options.second)))
+        pair = [options.first, options.second]
+        turn = -1 if index % 2 else 1  # a machine that gets slower is not to count for one of them
+        rounds.append([measure(python, cases) for python in pair[::turn]][::turn])
         sys.stderr.write(f"round {index + 1} of {options.rounds}\n")
     sys.stdout.write("| case | first, ms | second, ms | median ratio |\n|---|---|---|---|\n")
     for case in rounds[0][0]:

@@ -15,7 +15,7 @@ from linvision.errors import UsageError
 from linvision.training import engine, run_folder
 from linvision.training.run_folder import ModelCard, RunFolder
 from tests.data.samples import write_folder
-from tests.tasks.runs import TINY, metrics
+from tests.tasks.runs import TINY, metrics, weights
 
 
 def last_line(capfd) -> str:
@@ -197,13 +197,18 @@ def test_a_run_from_a_shared_model_needs_it_no_more(colours, tmp_path, monkeypat
     linvision.save_pretrained(model, "shared")
     options = [*TINY[2:], "--epochs", "1", "--model", "local-dir:shared", "--out", "run"]
     assert main(["train", "--data", str(colours), *options]) == 0
-    assert "from local-dir:shared" in capfd.readouterr().err
+    assert f"from local-dir:{tmp_path / 'shared'}" in capfd.readouterr().err
+    (tmp_path / "run/state.ckpt").unlink()  # as if it had been killed in its first epoch
+    first = weights(tmp_path / "run")
+    assert main(["train", "--resume", "run"]) == 0
+    again = weights(tmp_path / "run")
+    assert all(torch.equal(first[key], again[key]) for key in first)
     shutil.rmtree("shared")
     assert main(["predict", "--model", "run", str(colours / "val/red/0.png")]) == 0
     config = RunFolder(tmp_path / "run").load_config()
     RunFolder(tmp_path / "run").save_config(config | {"epochs": 2})
     assert main(["train", "--resume", "run"]) == 0
-    assert RunFolder(tmp_path / "run").load_card().start == "local-dir:shared"
+    assert RunFolder(tmp_path / "run").load_card().start == f"local-dir:{tmp_path / 'shared'}"
 
 
 def test_a_job_of_several_tasks_trains_in_one_process(colours, tmp_path, monkeypatch):

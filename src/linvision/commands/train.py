@@ -172,11 +172,12 @@ def _resume(options: Options, interruption: Interruption) -> None:
     settings = options.settings()
     with folder.locked():
         folder.tidy()
-        plan = prepare(get_task(settings.task), options.run_options(), settings, fresh=not folder.has_state())
-        if folder.has_card():
-            card = folder.load_card()
+        card = folder.load_card() if folder.has_card() else None
+        plan = prepare(
+            get_task(settings.task), options.run_options(), settings, fresh=not folder.has_state(), card=card
+        )
+        if card is not None:
             card.check_same_data(plan.card())
-            plan = replace(plan, start=card.start)
         run_training(plan, folder, interruption)
 
 

@@ -79,7 +79,13 @@ class Plan:
 
 
 def prepare(
-    task: Task, options: RunOptions, settings: Settings, *, fresh: bool = True, given: Sequence[str] = ()
+    task: Task,
+    options: RunOptions,
+    settings: Settings,
+    *,
+    fresh: bool = True,
+    given: Sequence[str] = (),
+    card: ModelCard | None = None,
 ) -> Plan:
     """Open the data and build the model, everything checked.
 
@@ -89,11 +95,14 @@ def prepare(
         settings: of the run.
         given: names of the settings that the user has given, to be refused where they have no effect.
         fresh: load the published weights or the checkpoint file that the options ask for; a resumed run has its own.
+        card: of the run that is resumed, whose pre-processing and start stay as they were.
 
     Raises:
         ValueError, OSError, RunError: for whatever is wrong with the options, the data or the weights.
     """
     source, settings = _named(settings)
+    if card is not None and is_source(card.start):
+        source = card.start if fresh else settings.model
     check_optimizer(settings.opt)
     device = choose_device(options.device, options.precision)
     data = task.open_data(
@@ -106,12 +115,12 @@ def prepare(
     _check_changes(given, data)
     pl.seed_everything(options.seed, verbose=False)
     outputs = task.outputs(data)
-    start = _start(source, options, settings)
+    start = _start(source, options, settings) if card is None else card.start
     model = _build(source, options, settings, len(outputs), fresh=fresh)
     if settings.freeze == "backbone" and fresh and not start:
         raise UsageError("--freeze backbone needs weights to freeze: give --pretrained or --checkpoint FILE")
     set_checkpointing(model, options.checkpointing)
-    preprocess = _preprocess(source, model, options, settings, data)
+    preprocess = _preprocess(source, model, options, settings, data) if card is None else card.preprocess
     check_size(model, preprocess)
     workers = options.workers if options.workers is not None else min(8, available_cpus())
     batches = {"batch_size": settings.batch_size, "workers": workers}
@@ -141,6 +150,9 @@ def _named(settings: Settings) -> tuple[str, Settings]:
         return source, replace(settings, model=source)
     if is_run(source) and settings.img_size is None:
         settings = replace(settings, img_size=RunFolder(Path(source)).load_card().preprocess.size[0])
+    kind, colon, place = source.rpartition(":")
+    if kind != "hf-hub":  # absolute, so that the run can be resumed from elsewhere
+        source = f"{kind}{colon}{Path(place).expanduser().resolve()}"
     model, model_kwargs = architecture_of(source)
     return source, replace(settings, model=model, model_kwargs={**model_kwargs, **settings.model_kwargs})
 
