@@ -318,6 +318,6 @@ def test_compiled_graphs_take_any_size(training):
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", dynamic=True, fullgraph=True)
     with torch.set_grad_enabled(training), torch._dynamo.config.patch(error_on_recompile=True):
-        for size in ((64, 64), (96, 80)):
+        for size in ((64, 48), (96, 80)):  # of unequal sides, or a compiler takes them for one number
             batch = torch.randn(2, 3, *size)
             torch.testing.assert_close(compiled(batch), model(batch))

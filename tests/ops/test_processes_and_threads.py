@@ -2,7 +2,10 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,11 +44,19 @@ class Mixed(Dataset):
         return mix(index)
 
 
-def test_forked_data_loaders_run_the_kernels():
+def run_forked_data_loaders() -> None:
+    """Compare the ops in forked workers with those here."""
     expected = [mix(seed) for seed in range(4)]  # so that the parent has used its threads before it forks
     loader = DataLoader(Mixed(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
     for result, truth in zip(loader, expected, strict=True):
         torch.testing.assert_close(result, truth)
+
+
+def test_forked_data_loaders_run_the_kernels():
+    """In a process of its own: torch forbids gradients after a fork where autograd has ever used threads."""
+    code = f"from {__name__} import run_forked_data_loaders; run_forked_data_loaders()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, timeout=50)
+    assert done.returncode == 0, done.stderr
 
 
 def test_python_threads_run_the_kernels_side_by_side():

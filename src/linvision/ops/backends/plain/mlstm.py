@@ -65,8 +65,8 @@ def forward(
     Without ``return_state`` the final state is left out: three empty tensors.
     """
     if not len(q) and q.shape[1] > 1:  # no sequence, however long
-        one_token = (x[:, :1] for x in (q, k, v, i, f))
-        return q.new_empty(q.shape), forward(*one_token, state, return_state=return_state, reverse=reverse)[1]
+        h, (q, k, v, i, f) = q.new_empty(q.shape), (x[:, :1] for x in (q, k, v, i, f))
+        return h, forward(q, k, v, i, f, state, return_state=return_state, reverse=reverse)[1]
     walk = _Walk.plan(q, initial=state is not None, final=return_state, reverse=reverse)
     q, k, v, out = *(walk.split(x) for x in (q, k, v)), torch.empty(q.shape, dtype=q.dtype, device=q.device)
     gates = _Gates.prepare(i, f, state, walk)
