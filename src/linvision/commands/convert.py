@@ -43,9 +43,9 @@ def run(options: Options) -> int:
     import torch
 
     from linvision.files import replacing, write_weights
-    from linvision.models import is_run, load_state_dict, own_keys, read_run, to_release
+    from linvision.models import is_run, load_state_dict, own_keys, to_release, trained_weights
 
-    source = read_run(options.source).weights if is_run(options.source) else options.source
+    source = trained_weights(options.source) if is_run(options.source) else options.source
     state_dict = own_keys(load_state_dict(source, ema=options.ema))
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.suffix == ".safetensors":

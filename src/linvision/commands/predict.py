@@ -158,18 +158,18 @@ def answer(
     import torch
     from torch.utils.data import DataLoader
 
-    from linvision.data import Decoded, worker_failures
+    from linvision.data import ImageFiles, worker_failures
 
     task = get_task(opened.task)
-    images = Decoded(paths, opened.preprocess, options.max_pixels)
+    images = ImageFiles(tuple((path, 0) for path in paths), opened.preprocess, options.max_pixels)
     with worker_failures():
         for batch in DataLoader(images, batch_size=options.batch_size, num_workers=workers, collate_fn=list):
-            readable = [image for _, image, _ in batch if image is not None]
+            readable = [image for image, *_ in batch if image is not None]
             answers = iter(())
             if readable:
                 with torch.inference_mode():
                     answers = iter(task.answer(opened, torch.stack(readable).to(device), top_k=options.top_k))
-            for path, image, error in batch:
+            for image, _, path, error in batch:
                 if image is None:
                     yield Prediction(path, error=error)
                     continue

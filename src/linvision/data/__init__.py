@@ -2,9 +2,9 @@
 
 from linvision.data.arrays import ArrayData
 from linvision.data.augment import Augment, Changes, augment
-from linvision.data.batches import Batches, Decoded, class_weights, worker_failures
+from linvision.data.batches import Batches, class_weights, worker_failures
 from linvision.data.catalog import DATASETS, open_data, open_test_data
-from linvision.data.folders import FolderData
+from linvision.data.folders import FolderData, ImageFiles
 from linvision.data.images import MAX_PIXELS, find_images, open_image, upright_rgb
 from linvision.data.preprocess import Preprocess
 from linvision.errors import UnreadableImageError
@@ -16,8 +16,8 @@ __all__ = [
     "Augment",
     "Batches",
     "Changes",
-    "Decoded",
     "FolderData",
+    "ImageFiles",
     "Preprocess",
     "UnreadableImageError",
     "augment",

@@ -5,18 +5,15 @@ sees what an uninterrupted one would have seen.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from linvision.data.augment import Augment, augment
-from linvision.data.images import MAX_PIXELS, open_image
 from linvision.data.preprocess import Preprocess
-from linvision.errors import UnreadableImageError, WorkerError
+from linvision.errors import WorkerError
 
 
 class Batches(ABC):
@@ -99,25 +96,6 @@ def leave_out_last(images: int, batch_size: int) -> bool:
     that the image is, too.
     """
     return batch_size > 1 and images % batch_size == 1
-
-
-class Decoded(Dataset):
-    """Images by path: each item is the path, the input (3, H, W) or None, and why there is none."""
-
-    def __init__(self, paths: Sequence[Path], preprocess: Preprocess, max_pixels: int = MAX_PIXELS):
-        self.paths, self.preprocess, self.max_pixels = paths, preprocess, max_pixels
-
-    def __len__(self) -> int:
-        """Count the images."""
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[str, Tensor | None, str]:
-        """Decode an image."""
-        path = self.paths[index]
-        try:
-            return str(path), self.preprocess(open_image(path, max_pixels=self.max_pixels)), ""
-        except UnreadableImageError as error:
-            return str(path), None, str(error)
 
 
 @contextmanager

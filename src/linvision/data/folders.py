@@ -77,28 +77,31 @@ class FolderData:
             # The smallest crop is this share of an image's area; it need not be enlarged.
             side = math.ceil(max(preprocess.size) / math.sqrt(changes.crop_scale))
             cached = ResizedImages(self.cache, side)
-        images = _Images(self.train, transform, self.max_pixels, cached)
+        images = ImageFiles(self.train, transform, self.max_pixels, cached)
         balanced = changes.balance == "sampling"
         return FolderBatches(images, batch_size=batch_size, workers=workers, seed=seed, balanced=balanced)
 
     def test_batches(self, preprocess: Preprocess, *, batch_size: int, workers: int = 0) -> Batches:
         """Return the images to measure on, in order; RunError if none of them can be read."""
-        return FolderBatches(_Images(self.test, preprocess, self.max_pixels), batch_size=batch_size, workers=workers)
+        return FolderBatches(ImageFiles(self.test, preprocess, self.max_pixels), batch_size=batch_size, workers=workers)
 
     def held_out_batches(self, preprocess: Preprocess, *, batch_size: int, workers: int = 0) -> Batches | None:
         """Return the images of test/ in order, or None where there are none; RunError if none can be read."""
         if not self.held_out:
             return None
-        images = _Images(self.held_out, preprocess, self.max_pixels)
+        images = ImageFiles(self.held_out, preprocess, self.max_pixels)
         return FolderBatches(images, batch_size=batch_size, workers=workers)
 
 
-class _Images(Dataset):
+class ImageFiles(Dataset):
+    """Labelled image files, each decoded and made an input; one that cannot be is no input and the reason why."""
+
     def __init__(self, items: Labelled, transform, max_pixels: int, cached: ResizedImages | None = None):
         self.items, self.transform, self.max_pixels = items, transform, max_pixels
         self.open = open_image if cached is None else cached.open
 
     def __len__(self) -> int:
+        """Count the files."""
         return len(self.items)
 
     def __getitem__(self, index: int) -> Sample:
@@ -141,7 +144,7 @@ class FolderBatches(Batches):
     """
 
     def __init__(
-        self, dataset: _Images, *, batch_size: int, workers: int, seed: int | None = None, balanced: bool = False
+        self, dataset: ImageFiles, *, batch_size: int, workers: int, seed: int | None = None, balanced: bool = False
     ):
         dataset.check_readable()
         self.labels = torch.tensor([label for _, label in dataset.items])

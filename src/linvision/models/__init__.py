@@ -7,7 +7,6 @@ from linvision.models.hub import push_to_hub, save_pretrained
 from linvision.models.l2vit.model import L2ViT
 from linvision.models.recompute import set_checkpointing
 from linvision.models.registry import (
-    SOURCES,
     ModelDescription,
     architecture_of,
     create_model,
@@ -21,12 +20,11 @@ from linvision.models.registry import (
     size_overrides,
     to_release,
 )
-from linvision.models.runs import is_run, read_run
+from linvision.models.runs import is_run, trained_weights
 from linvision.models.vil.model import VisionLSTM, VisionLSTM2
 from linvision.models.vim.model import VisionMamba
 
 __all__ = [
-    "SOURCES",
     "DeiT3",
     "L2ViT",
     "ModelDescription",
@@ -44,11 +42,11 @@ __all__ = [
     "load_state_dict",
     "own_keys",
     "push_to_hub",
-    "read_run",
     "resolve_name",
     "save_pretrained",
     "set_checkpointing",
     "size_overrides",
     "to_release",
+    "trained_weights",
     "use_forms",
 ]

@@ -70,7 +70,8 @@ def form_of_stack(layers: nn.ModuleList) -> Compute | None:
 
 def _form(kind: type[nn.Module], when: When) -> Compute | None:
     """Look up a form; where definitions are to run there is none."""
-    return FORMS.get((kind, when)) if _in_use and not is_traceable() else None
+    form = FORMS.get((kind, when))
+    return form if form is not None and _in_use and not is_traceable() else None
 
 
 @contextmanager

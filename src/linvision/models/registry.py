@@ -14,8 +14,8 @@ from linvision.errors import CheckpointError, UnknownNameError, nearest, suggest
 from linvision.models.builder import Family, Weights
 from linvision.models.checkpoints import load_weights
 from linvision.models.counts import counts
-from linvision.models.hub import shared_description
-from linvision.models.runs import is_run, read_run
+from linvision.models.hub import WEIGHT_OPTIONS, shared_description
+from linvision.models.runs import is_run, read_run, trained_weights
 from linvision.models.timm_models import create_timm_model, read_checkpoints_of
 from linvision.models.weight_files import StateDict, load_state_dict
 
@@ -85,10 +85,10 @@ def architecture_of(source: str) -> tuple[str, dict[str, Any]]:
         DownloadError: it cannot be fetched.
     """
     if is_run(source):
-        name, arguments, _ = read_run(source)
+        name, arguments = read_run(source)[:2]
     else:
         _, name, arguments = shared_description(source)
-    own = {"num_classes", "img_size", "drop_head", "ema"}  # what every caller says for itself
+    own = {"num_classes", "img_size", *WEIGHT_OPTIONS}  # what every caller says for itself
     return name, {key: value for key, value in arguments.items() if key not in own}
 
 
@@ -126,17 +126,16 @@ def create_model(
         raise ValueError("give pretrained=True or checkpoint_path, not both")
     if revision is not None:
         overrides["pretrained_cfg_overlay"] = _pinned(name, revision, overrides.get("pretrained_cfg_overlay"))
+    if is_run(name):
+        run = read_run(name)
+        if checkpoint_path is None:
+            checkpoint_path = trained_weights(name)
+            drop_head = drop_head or overrides.get("num_classes", run.num_classes) != run.num_classes
+        own = {**run.arguments, "num_classes": run.num_classes, **size_overrides(run.name, run.size)}
+        return create_model(run.name, False, checkpoint_path, drop_head=drop_head, ema=ema, **{**own, **overrides})
     path = None if checkpoint_path is None else Path(checkpoint_path)
     weights = None if path is None else Weights(load_state_dict(path, ema=ema), path.name)
-    if is_run(name):
-        name, arguments, file = read_run(name)
-        other_classes = overrides.get("num_classes", arguments["num_classes"]) != arguments["num_classes"]
-        arguments |= size_overrides(name, arguments.pop("img_size"))
-        given = weights is not None
-        weights = weights or Weights(load_state_dict(file), file.name)
-        drop_head = drop_head or (other_classes and not given)
-        overrides, pretrained = {**arguments, **overrides}, False
-    elif name.startswith(SOURCES):
+    if name.startswith(SOURCES):
         cfg, name, arguments = shared_description(name, overrides.get("cache_dir"))
         if not is_model(name):
             raise CheckpointError(f"its config.json names an architecture that nobody knows, {name!r}")

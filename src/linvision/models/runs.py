@@ -7,15 +7,16 @@ from linvision.errors import CheckpointError, RunError
 from linvision.records import fits, read_file
 
 CARD = "model.json"
-WEIGHTS = ("best.safetensors", "last.safetensors")  # the first that is there
+WEIGHTS = BEST, LAST = "best.safetensors", "last.safetensors"
 
 
 class RunModel(NamedTuple):
-    """A registered name, its constructor's arguments, and the file of the trained weights."""
+    """A model's name, its constructor's arguments, and its numbers of classes and of pixels along the sides."""
 
     name: str
     arguments: dict[str, Any]
-    weights: Path
+    num_classes: int
+    size: tuple[int, int]
 
 
 def is_run(name: str) -> bool:
@@ -27,7 +28,7 @@ def read_run(folder: str | Path) -> RunModel:
     """Return the model of a run.
 
     Raises:
-        CheckpointError: its model.json is damaged, or it has no weights yet.
+        CheckpointError: its model.json is damaged.
     """
     folder = Path(folder).expanduser()
     try:
@@ -40,8 +41,19 @@ def read_run(folder: str | Path) -> RunModel:
     size: Any = None if wrong else card["preprocess"].get("size")
     if wrong or not fits(size, tuple[int, int]):
         raise CheckpointError(f"{folder / CARD} is damaged: {', '.join(wrong) or 'size'} is missing or of another type")
-    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if weights is None:
-        raise CheckpointError(f"{folder} has no weights yet: its first epoch is not finished")
-    arguments = {**card["model_kwargs"], "num_classes": len(card["classes"]), "img_size": (size[0], size[1])}
-    return RunModel(card["model"], arguments, weights)
+    if is_run(card["model"]):
+        raise CheckpointError(f"{folder / CARD} is damaged: its model is a run, {card['model']}")
+    return RunModel(card["model"], card["model_kwargs"], len(card["classes"]), (size[0], size[1]))
+
+
+def trained_weights(folder: str | Path) -> Path:
+    """Return the file of a run's best weights, or of the last ones where no epoch has been the best.
+
+    Raises:
+        CheckpointError: the run has not finished its first epoch.
+    """
+    folder = Path(folder).expanduser()
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name
+    raise CheckpointError(f"{folder} has no weights yet: its first epoch is not finished")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from linvision.data import Preprocess, UnreadableImageError, open_image, upright_rgb
 from linvision.errors import UsageError
-from linvision.models import create_model, load_checkpoint, resolve_name, size_overrides
+from linvision.models import create_model, resolve_name
 from linvision.tasks import get_task
 from linvision.training.opened import Opened, check_size
 from linvision.training.run_folder import RunFolder
@@ -120,9 +120,7 @@ class Mirrored(nn.Module):
 def _open_run(run: RunFolder, checkpoint: str | None, img_size: int | None) -> Opened:
     card = run.load_card()
     preprocess = card.preprocess
-    options = {**card.model_kwargs, **size_overrides(card.model, preprocess.size[0])}
-    model = create_model(card.model, num_classes=len(card.classes), **options)
-    load_checkpoint(model, checkpoint or run.weights())
+    model = create_model(str(run.path), checkpoint_path=checkpoint or run.weights())
     if img_size is not None:
         preprocess = replace(preprocess, size=(img_size, img_size))
         _set_size(model, img_size)

@@ -124,12 +124,9 @@ def prepare(
     check_size(model, preprocess)
     workers = options.workers if options.workers is not None else min(8, available_cpus())
     batches = {"batch_size": settings.batch_size, "workers": workers}
-    # Absolute, so that the run can be resumed from elsewhere.
-    place = str(Path(options.data).expanduser().resolve()) if isinstance(data, FolderData) else options.data
-    checkpoint = str(Path(options.checkpoint).resolve()) if options.checkpoint else None
     return Plan(
         task=task,
-        options=replace(options, data=place, checkpoint=checkpoint),
+        options=_absolute(options, data),
         settings=settings,
         device=device,
         data=data,
@@ -141,6 +138,13 @@ def prepare(
         test=data.held_out_batches(preprocess, **batches) if isinstance(data, FolderData) else None,
         start=start,
     )
+
+
+def _absolute(options: RunOptions, data: Data) -> RunOptions:
+    """Make the options' paths absolute, so that the run can be resumed from elsewhere."""
+    place = str(Path(options.data).expanduser().resolve()) if isinstance(data, FolderData) else options.data
+    checkpoint = str(Path(options.checkpoint).resolve()) if options.checkpoint else None
+    return replace(options, data=place, checkpoint=checkpoint)
 
 
 def _named(settings: Settings) -> tuple[str, Settings]:

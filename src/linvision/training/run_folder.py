@@ -24,8 +24,9 @@ import yaml
 from filelock import FileLock, Timeout
 
 from linvision.data import Preprocess
-from linvision.errors import RunError, UsageError
+from linvision.errors import CheckpointError, RunError, UsageError
 from linvision.files import write_json, write_text
+from linvision.models.runs import BEST, LAST, trained_weights
 from linvision.records import read_file, read_record
 from linvision.training.settings import RunOptions
 
@@ -114,12 +115,12 @@ class RunFolder:
     @property
     def best(self) -> Path:
         """The weights of the best epoch."""
-        return self.path / "best.safetensors"
+        return self.path / BEST
 
     @property
     def last(self) -> Path:
         """The weights of the last epoch."""
-        return self.path / "last.safetensors"
+        return self.path / LAST
 
     def exists(self) -> bool:
         """Tell whether there is a run here."""
@@ -188,10 +189,10 @@ class RunFolder:
         Raises:
             UsageError: the run has not finished its first epoch.
         """
-        for path in (self.best, self.last):
-            if path.is_file():
-                return path
-        raise UsageError(f"{self.path} has no weights yet: its first epoch is not finished")
+        try:
+            return trained_weights(self.path)
+        except CheckpointError as error:
+            raise UsageError(str(error)) from error
 
     def _pictures(self) -> tuple[str, ...]:
         try:
